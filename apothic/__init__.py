@@ -1,0 +1,115 @@
+"""Stateful classes and sandboxes on machines of your own.
+
+The layers, top to bottom:
+
+- `App`, `@app.cls`, `@method`, `@enter`, `@exit`: what a program defines (`apothic.app`,
+  `apothic.decorators`, `apothic.definition`, `apothic.options`).
+- `Cls`, `BoundCls`, `ClassInstance`, `Function`, `Job`: what it holds and calls (`apothic.cls`,
+  `apothic.instance`, `apothic.function`), over `apothic.targets` and `apothic.calls`, which count,
+  scale and retry.
+- `ControlPlaneClient`: the seam (`apothic.backend`). Engines stand behind it; the one on Ray is found
+  when it is first needed, and `apothic.testing` has one that runs in this process.
+- Values that travel (`apothic.values`), the pickling of classes (`apothic.packing`) and every error
+  (`apothic.errors`).
+
+Importing this package loads no engine and connects to nothing; names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apothic._version import __version__
+
+if TYPE_CHECKING:
+    from apothic.app import App, RemoteApp
+    from apothic.backend import ControlPlaneClient
+    from apothic.cls import BoundCls, Cls
+    from apothic.decorators import enter, exit, method  # noqa: A004 - the contract's name
+    from apothic.errors import ApothicError
+    from apothic.function import Function, Job, RemoteFunction
+    from apothic.image import Image
+    from apothic.instance import ClassInstance, LocalClassInstance
+    from apothic.offers import OfferFiltersModel
+    from apothic.retries import Retries
+    from apothic.secret import Secret
+    from apothic.values import (
+        AppManifest,
+        ClassInfo,
+        ClassInstanceHandle,
+        CloseReport,
+        InstanceInfo,
+        MethodInfo,
+    )
+    from apothic.volume import StorageMount, Volume
+
+__all__ = [
+    "ApothicError",
+    "App",
+    "AppManifest",
+    "BoundCls",
+    "ClassInfo",
+    "ClassInstance",
+    "ClassInstanceHandle",
+    "CloseReport",
+    "Cls",
+    "ControlPlaneClient",
+    "Function",
+    "Image",
+    "InstanceInfo",
+    "Job",
+    "LocalClassInstance",
+    "MethodInfo",
+    "OfferFiltersModel",
+    "RemoteApp",
+    "RemoteFunction",
+    "Retries",
+    "Secret",
+    "StorageMount",
+    "Volume",
+    "__version__",
+    "enter",
+    "exit",
+    "method",
+]
+
+_HOMES = {
+    "apothic.app": ("App", "RemoteApp"),
+    "apothic.backend": ("ControlPlaneClient",),
+    "apothic.cls": ("BoundCls", "Cls"),
+    "apothic.decorators": ("enter", "exit", "method"),
+    "apothic.errors": ("ApothicError",),
+    "apothic.function": ("Function", "Job", "RemoteFunction"),
+    "apothic.image": ("Image",),
+    "apothic.instance": ("ClassInstance", "LocalClassInstance"),
+    "apothic.offers": ("OfferFiltersModel",),
+    "apothic.retries": ("Retries",),
+    "apothic.secret": ("Secret",),
+    "apothic.values": (
+        "AppManifest",
+        "ClassInfo",
+        "ClassInstanceHandle",
+        "CloseReport",
+        "InstanceInfo",
+        "MethodInfo",
+    ),
+    "apothic.volume": ("StorageMount", "Volume"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module at first use."""
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'apothic' has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

@@ -1,0 +1,573 @@
+"""`App` and `RemoteApp`: what an application defines, and what a deployed one offers."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from apothic.backend import ControlPlaneClient, connect
+from apothic.cls import Cls
+from apothic.decorators import check_metadata, check_tags
+from apothic.definition import describe_class
+from apothic.errors import (
+    ClassNotFoundError,
+    ConflictError,
+    DefinitionError,
+    InvalidOptionError,
+    NotFoundError,
+    SandboxNotFoundError,
+)
+from apothic.image import Image
+from apothic.names import check_name
+from apothic.options import ClassOptions
+from apothic.retries import Retries
+from apothic.secret import Secret
+from apothic.twins import Twin, twin
+from apothic.values import AppManifest
+from apothic.volume import StorageMount
+
+if TYPE_CHECKING:
+    from apothic.function import Function, RemoteFunction
+    from apothic.offers import OfferFiltersModel
+
+__all__ = ["App", "AppAio", "RemoteApp"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class App:
+    """A named set of classes. Importing or defining one connects to nothing."""
+
+    def __init__(self, name: str, *, client: ControlPlaneClient | None = None) -> None:
+        """Name an app.
+
+        Args:
+            name: 1 to 63 letters, digits, ``_``, ``.`` or ``-``.
+            client: the connection to use; without it, the first use connects: to Ray as this process
+                has initialised it, else to ``RAY_ADDRESS``, else to a Ray that it starts here.
+
+        Raises:
+            InvalidOptionError: when the name is not valid, or client is no client.
+        """
+        self._name = check_name("app", name)
+        if client is not None:
+            connect(client)  # refuses what is no client
+        self._given_client = client
+        self._classes: dict[str, Cls] = {}
+        self._entrypoints: dict[str, Callable[..., Any]] = {}
+        self._deployment_id: str | None = None
+
+    # -- properties ----------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The app's name."""
+        return self._name
+
+    @property
+    def client(self) -> ControlPlaneClient:
+        """The connection; the first use connects.
+
+        Raises:
+            ConnectionFailedError: when the cluster cannot be reached.
+        """
+        return connect(self._given_client)
+
+    @property
+    def aio(self) -> AppAio:
+        """The async twins."""
+        return AppAio(self)
+
+    @property
+    def deployment_id(self) -> str | None:
+        """The id that the last `deploy` of this object gave, or None."""
+        return self._deployment_id
+
+    @property
+    def functions(self) -> dict[str, Function[Any] | RemoteFunction[Any]]:
+        """The methods of the app's classes, as ``Class.method``; an app has no other functions."""
+        return _methods_of(self._classes)
+
+    @property
+    def classes(self) -> dict[str, Cls]:
+        """The classes by name."""
+        return dict(self._classes)
+
+    @property
+    def sandboxes(self) -> dict[str, Any]:
+        """The sandbox definitions by name."""
+        return {}
+
+    @property
+    def sandbox_names(self) -> tuple[str, ...]:
+        """The names of the sandbox definitions."""
+        return tuple(self.sandboxes)
+
+    @property
+    def local_entrypoints(self) -> dict[str, Callable[..., Any]]:
+        """The local entry points by name."""
+        return dict(self._entrypoints)
+
+    # -- definitions ---------------------------------------------------------------------------
+
+    def cls(
+        self,
+        *,
+        name: str | None = None,
+        gpu: str | list[str] | None = None,
+        gpu_count: int | None = None,
+        min_vram_gb: int | None = None,
+        geolocation: str | list[str] | None = None,
+        offer_filters: OfferFiltersModel | dict[str, Any] | None = None,
+        max_cost_per_hour_usd: float | None = None,
+        max_cost_per_tflop_hour_usd: float | None = None,
+        min_total_flops: float | None = None,
+        min_gpu_ram_bandwidth_gbps: float | None = None,
+        min_cpu_cores: float | None = None,
+        min_cpu_ram_gb: float | None = None,
+        min_cpu_ghz: float | None = None,
+        min_disk_bandwidth_mb_s: float | None = None,
+        min_internet_upload_mbps: float | None = None,
+        min_internet_download_mbps: float | None = None,
+        secure_cloud_only: bool | None = None,
+        cpu: int = 1,
+        memory_mb: int = 1024,
+        disk_gb: float | None = None,
+        timeout_s: int = 600,
+        retries: int | Retries | None = None,
+        max_retries: int = 0,
+        concurrent_requests: int = 1,
+        max_pending_tasks: int = 100,
+        max_containers: int = 1,
+        tasks_per_container: int = 1,
+        image: Image | None = None,
+        secrets: list[Secret] | None = None,
+        volumes: dict[str, StorageMount] | list[StorageMount] | None = None,
+        tags: Iterable[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> Callable[[type[Any]], Cls]:
+        """Make a class a service of this app.
+
+        Args:
+            name: its name in the app; the class's own by default.
+            gpu: GPU model, or several in the order of preference; ``any`` takes whichever is there.
+            gpu_count: GPUs per container; 1 when another GPU constraint is given.
+            min_vram_gb: memory per GPU, in GB of 1000 MB.
+            geolocation: country code or region of the node, or several.
+            offer_filters: further conditions on the node's offer, ``{field: {operator: value}}``.
+            max_cost_per_hour_usd: cost of the container's share of the node, in USD per hour.
+            max_cost_per_tflop_hour_usd: that cost per FP32 TFLOPS.
+            min_total_flops: FP32 TFLOPS of the container's GPUs.
+            min_gpu_ram_bandwidth_gbps: memory bandwidth per GPU, in GB/s.
+            min_cpu_cores: of the node.
+            min_cpu_ram_gb: of the node, in GB.
+            min_cpu_ghz: of the node.
+            min_disk_bandwidth_mb_s: of the node, in MB/s.
+            min_internet_upload_mbps: of the node, in megabits per second.
+            min_internet_download_mbps: of the node, in megabits per second.
+            secure_cloud_only: only nodes that say they are in a secure cloud.
+            cpu: CPU cores per container.
+            memory_mb: memory per container, in MB.
+            disk_gb: disk of the node, in GB.
+            timeout_s: limit on one call's execution, in seconds; queueing is not counted.
+            retries: a `Retries` policy, or that many retries with the default delays.
+            max_retries: that many retries, when ``retries`` is not given.
+            concurrent_requests: calls that run at once in one container. With 1, construction,
+                hooks and all sync methods run on one thread.
+            max_pending_tasks: unfinished calls of one process beyond which the next is refused.
+            max_containers: upper limit of containers behind one bound instance.
+            tasks_per_container: calls in flight per container before another one starts.
+            image: what must be present where the class runs.
+            secrets: environment variables, resolved in the worker.
+            volumes: directories that outlive instances, by mount path.
+            tags: words to find the class by.
+            metadata: JSON values shown beside them.
+
+        Returns:
+            A decorator that gives a `Cls` in place of the class.
+
+        Raises:
+            InvalidOptionError: naming the option, the value, the rule and the remedy.
+            DefinitionError: when the class cannot become a service.
+            ConflictError: when the app has a class of this name.
+        """
+        constraints = {
+            "gpu": gpu,
+            "gpu_count": gpu_count,
+            "min_vram_gb": min_vram_gb,
+            "geolocation": geolocation,
+            "offer_filters": offer_filters,
+            "max_cost_per_hour_usd": max_cost_per_hour_usd,
+            "max_cost_per_tflop_hour_usd": max_cost_per_tflop_hour_usd,
+            "min_total_flops": min_total_flops,
+            "min_gpu_ram_bandwidth_gbps": min_gpu_ram_bandwidth_gbps,
+            "min_cpu_cores": min_cpu_cores,
+            "min_cpu_ram_gb": min_cpu_ram_gb,
+            "min_cpu_ghz": min_cpu_ghz,
+            "min_disk_bandwidth_mb_s": min_disk_bandwidth_mb_s,
+            "min_internet_upload_mbps": min_internet_upload_mbps,
+            "min_internet_download_mbps": min_internet_download_mbps,
+            "secure_cloud_only": secure_cloud_only,
+            "disk_gb": disk_gb,
+        }
+        options = ClassOptions.check(
+            constraints=constraints,
+            cpu=cpu,
+            memory_mb=memory_mb,
+            timeout_s=timeout_s,
+            retries=retries,
+            max_retries=max_retries,
+            concurrent_requests=concurrent_requests,
+            max_pending_tasks=max_pending_tasks,
+            max_containers=max_containers,
+            tasks_per_container=tasks_per_container,
+            image=image,
+            secrets=secrets,
+            volumes=volumes,
+        )
+        if name is not None:
+            check_name("class", name)
+        checked_tags, checked_metadata = check_tags(tags), check_metadata(metadata)
+
+        def decorate(local_cls: type[Any]) -> Cls:
+            if isinstance(local_cls, Cls):
+                raise DefinitionError(
+                    f"{local_cls.name} is decorated with @app.cls already: a class belongs to one "
+                    f"app. Inherit from it to use it in another."
+                )
+            definition = describe_class(local_cls)
+            cls_name = check_name("class", name or local_cls.__name__)
+            self._check_free(cls_name, local_cls)
+            if options.max_retries and any(
+                info.is_generator for info in definition.methods.values()
+            ) and all(info.is_generator for info in definition.methods.values()):
+                raise InvalidOptionError(
+                    f"retries={options.max_retries} on {cls_name}, which has generator methods "
+                    f"only: items that were delivered cannot be taken back. Leave retries out."
+                )
+            made = Cls(
+                app_name=self._name,
+                name=cls_name,
+                local_cls=local_cls,
+                definition=definition,
+                options=options,
+                tags=checked_tags,
+                metadata=checked_metadata,
+                client=lambda: self.client,
+                deployment_id=lambda: self._deployment_id,
+            )
+            self._classes[cls_name] = made
+            return made
+
+        return decorate
+
+    def _check_free(self, name: str, local_cls: type[Any]) -> None:
+        known = self._classes.get(name)
+        if known is None or known.local_cls is None:
+            return
+        # Running a cell or reloading a module defines the same class again; that replaces it.
+        same = (known.local_cls.__module__, known.local_cls.__qualname__)
+        if same != (local_cls.__module__, local_cls.__qualname__):
+            raise ConflictError(
+                f"app {self._name!r} has a class {name!r} already, {known.local_cls!r}. Give one of "
+                f"them another name with @app.cls(name=…)."
+            )
+
+    def local_entrypoint(self, *, name: str | None = None) -> Callable[[_F], _F]:
+        """Make a function the program that `run_local` starts; it runs in this process.
+
+        Raises:
+            InvalidOptionError: when the name is not valid.
+            ConflictError: when the app has an entry point of this name.
+        """
+        if name is not None:
+            check_name("entry point", name)
+
+        def decorate(function: _F) -> _F:
+            if not callable(function):
+                raise DefinitionError(
+                    f"@app.local_entrypoint() stands on {function!r}, which cannot be called."
+                )
+            entry = check_name("entry point", name or function.__name__)
+            known = self._entrypoints.get(entry)
+            if known is not None and known.__qualname__ != function.__qualname__:
+                raise ConflictError(
+                    f"app {self._name!r} has an entry point {entry!r} already. Name one of them "
+                    f"with @app.local_entrypoint(name=…)."
+                )
+            self._entrypoints[entry] = function
+            return function
+
+        return decorate
+
+    # -- look-up -------------------------------------------------------------------------------
+
+    @staticmethod
+    def lookup(
+        name: str,
+        *,
+        client: ControlPlaneClient | None = None,
+        base_url: str | None = None,
+    ) -> RemoteApp:
+        """Find a deployed app.
+
+        Raises:
+            AppNotFoundError: when no such app is deployed; the message names those that are.
+        """
+        connection = connect(client, base_url)
+        return RemoteApp(name, connection)
+
+    def get_class(self, name: str) -> Cls:
+        """Give a class of this app.
+
+        Raises:
+            ClassNotFoundError: when there is none of this name.
+        """
+        return _get_class(self._name, self._classes, name)
+
+    def get_sandbox(self, name: str) -> Any:
+        """Give a sandbox definition of this app.
+
+        Raises:
+            SandboxNotFoundError: when there is none of this name.
+        """
+        raise SandboxNotFoundError(f"app {self._name!r} has no sandbox {name!r}: it has none.")
+
+    def get_local_entrypoint(self, name: str | None = None) -> Callable[..., Any]:
+        """Give an entry point; without a name the only one.
+
+        Raises:
+            NotFoundError: when there is none of this name, or the name is needed.
+        """
+        known = ", ".join(self._entrypoints) or "none"
+        if name is None:
+            if len(self._entrypoints) == 1:
+                return next(iter(self._entrypoints.values()))
+            raise NotFoundError(
+                f"app {self._name!r} has {len(self._entrypoints)} entry points ({known}): name the "
+                f"one that is meant."
+            )
+        if name not in self._entrypoints:
+            raise NotFoundError(
+                f"app {self._name!r} has no entry point {name!r}: it has {known}. Check the name."
+            )
+        return self._entrypoints[name]
+
+    def __getattr__(self, name: str) -> Cls:
+        """Give a class of this app as an attribute."""
+        if name.startswith("_") or hasattr(type(self), name):
+            # A property that raised AttributeError inside: its own message counts.
+            return object.__getattribute__(self, name)  # type: ignore[no-any-return]
+        found = self._classes.get(name)
+        if found is None:
+            raise AttributeError(
+                f"app {self._name!r} has no class {name!r}: it has "
+                f"{', '.join(self._classes) or 'none'}."
+            )
+        return found
+
+    def __dir__(self) -> list[str]:
+        """List verbs and classes."""
+        return sorted({*super().__dir__(), *self._classes})
+
+    # -- verbs ---------------------------------------------------------------------------------
+
+    def manifest(self) -> AppManifest:
+        """Describe the app as `deploy` stores it; packs the code of its classes.
+
+        Raises:
+            SerializationError: when a class cannot travel; the message names what stands in the way.
+        """
+        return AppManifest(
+            name=self._name, classes={name: cls.spec for name, cls in self._classes.items()}
+        )
+
+    def deploy(self, *, close_outdated: bool = False) -> str:
+        """Store the app on the cluster, so that any process can look its classes up by name.
+
+        Deploying equal content again changes nothing and gives the same id. Instances that run keep
+        their version.
+
+        Args:
+            close_outdated: close instances of older versions of these classes, with their exit
+                hooks.
+
+        Returns:
+            The deployment id.
+
+        Raises:
+            SerializationError: when a class cannot travel.
+            ConnectionFailedError: when the cluster cannot be reached.
+        """
+        manifest = self.manifest()
+        blobs: dict[str, bytes] = {}
+        for cls in self._classes.values():
+            blobs.update(cls.blobs())
+        self.client.deploy(manifest, blobs, close_outdated=close_outdated)
+        self._deployment_id = manifest.deployment_id
+        return manifest.deployment_id
+
+    def run_local(
+        self,
+        *,
+        entrypoint_name: str | None = None,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an entry point in this process; an awaitable result is awaited.
+
+        Raises:
+            NotFoundError: when there is no such entry point.
+        """
+        value = self.get_local_entrypoint(entrypoint_name)(*(args or ()), **(kwargs or {}))
+        if inspect.isawaitable(value):
+            return asyncio.run(_await(value))
+        return value
+
+    def __reduce__(self) -> tuple[Callable[[str], App], tuple[str], dict[str, Any]]:
+        """Travel with its classes, without the connection; the state comes last, as they refer to
+        one another."""
+        state = {"_classes": self._classes, "_deployment_id": self._deployment_id}
+        return App, (self._name,), state
+
+    def __repr__(self) -> str:
+        """Name the app and its classes."""
+        return f"<apothic.App {self._name!r} ({', '.join(self._classes) or 'no classes'})>"
+
+
+class AppAio(Twin[App]):
+    """Async twins of `App`."""
+
+    __slots__ = ()
+
+    deploy = twin(App.deploy)
+    manifest = twin(App.manifest)
+
+    async def lookup(
+        self,
+        name: str,
+        *,
+        client: ControlPlaneClient | None = None,
+        base_url: str | None = None,
+    ) -> RemoteApp:
+        """Do what `App.lookup` does."""
+        from apothic.twins import in_thread
+
+        return await in_thread(App.lookup, name, client=client, base_url=base_url)
+
+    async def run_local(
+        self,
+        *,
+        entrypoint_name: str | None = None,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an entry point; an awaitable result is awaited on this loop."""
+        value = self._target.get_local_entrypoint(entrypoint_name)(*(args or ()), **(kwargs or {}))
+        return await value if inspect.isawaitable(value) else value
+
+
+class RemoteApp:
+    """A deployed app, found by name: its classes as they were when it was looked up."""
+
+    def __init__(self, name: str, client: ControlPlaneClient) -> None:
+        """Read the app's manifest.
+
+        Raises:
+            AppNotFoundError: when no such app is deployed.
+        """
+        self._name = check_name("app", name)
+        self._client = client
+        manifest = client.find_app(name)
+        self._manifest = manifest
+        self._classes = {
+            cls_name: Cls(
+                spec, client=lambda: client, deployment_id=lambda: manifest.deployment_id
+            )
+            for cls_name, spec in manifest.classes.items()
+        }
+
+    @property
+    def name(self) -> str:
+        """The app's name."""
+        return self._name
+
+    @property
+    def client(self) -> ControlPlaneClient:
+        """The connection."""
+        return self._client
+
+    @property
+    def deployment_id(self) -> str:
+        """The deployment that was found."""
+        return self._manifest.deployment_id
+
+    @property
+    def functions(self) -> dict[str, Function[Any] | RemoteFunction[Any]]:
+        """The methods of its classes, as ``Class.method``."""
+        return _methods_of(self._classes)
+
+    @property
+    def classes(self) -> dict[str, Cls]:
+        """The classes by name."""
+        return dict(self._classes)
+
+    @property
+    def sandboxes(self) -> dict[str, Any]:
+        """The sandbox definitions by name."""
+        return {}
+
+    def manifest(self) -> AppManifest:
+        """Give the manifest that was found."""
+        return self._manifest
+
+    def get_class(self, name: str) -> Cls:
+        """Give a class.
+
+        Raises:
+            ClassNotFoundError: when there is none of this name.
+        """
+        return _get_class(self._name, self._classes, name)
+
+    def __getattr__(self, name: str) -> Cls:
+        """Give a class as an attribute."""
+        if name.startswith("_") or hasattr(type(self), name):
+            # A property that raised AttributeError inside: its own message counts.
+            return object.__getattribute__(self, name)  # type: ignore[no-any-return]
+        if name not in self._classes:
+            raise AttributeError(
+                f"app {self._name!r} has no class {name!r}: it has "
+                f"{', '.join(self._classes) or 'none'}."
+            )
+        return self._classes[name]
+
+    def __iter__(self) -> Iterator[Cls]:
+        """Iterate over the classes."""
+        return iter(self._classes.values())
+
+    def __repr__(self) -> str:
+        """Name the app and its deployment."""
+        return f"<apothic.RemoteApp {self._name!r} ({self.deployment_id})>"
+
+
+def _get_class(app: str, classes: Mapping[str, Cls], name: str) -> Cls:
+    if name not in classes:
+        raise ClassNotFoundError(
+            f"app {app!r} has no class {name!r}: it has {', '.join(classes) or 'none'}. "
+            f"Check the spelling."
+        )
+    return classes[name]
+
+
+def _methods_of(classes: Mapping[str, Cls]) -> dict[str, Function[Any] | RemoteFunction[Any]]:
+    return {
+        f"{cls.name}.{name}": function
+        for cls in classes.values()
+        for name, function in cls.methods.items()
+    }
+
+
+async def _await(value: Any) -> Any:
+    return await value

@@ -1,0 +1,303 @@
+"""The seam between the API and an engine: specs go in, handles and values come out.
+
+An engine implements `ControlPlaneClient`, `InstanceRef`, `CallRef` and `ItemStream`, and registers
+a ``connect(base_url) -> ControlPlaneClient`` under the entry-point group ``apothic.backends``. It is
+imported at first use, so that importing the API loads no engine. `apothic.testing` has one that runs
+in this process; the same conformance tests hold for both.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from apothic.errors import BackendNotFoundError, InvalidOptionError
+
+if TYPE_CHECKING:
+    from apothic.values import (
+        AppManifest,
+        ClassInstanceHandle,
+        ClassSpec,
+        CloseReport,
+        InstanceInfo,
+        MethodInfo,
+    )
+    from apothic.volume import StorageMount
+
+__all__ = [
+    "CallRef",
+    "ControlPlaneClient",
+    "InstanceRef",
+    "ItemStream",
+    "StartRequest",
+    "connect",
+    "use_client",
+]
+
+_GROUP = "apothic.backends"
+
+
+class CallRef(ABC):
+    """One submitted call."""
+
+    __slots__ = ("__weakref__",)
+
+    @abstractmethod
+    def result(self, timeout_s: float | None = None) -> Any:
+        """Wait for the value, or raise what the call raised; `WaitTimeoutError` after the time."""
+
+    @abstractmethod
+    def future(self) -> Future[Any]:
+        """Give a future of the value, for awaiting and for callbacks."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Tell whether the call has ended, with a value or an error; never blocks."""
+
+    @classmethod
+    def finished(cls, calls: Sequence[CallRef]) -> list[bool]:
+        """Tell of several calls at once whether they have ended; engines may do better."""
+        return [call.done() for call in calls]
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Stop the call wherever it is; its result is then `JobCancelledError`."""
+
+    @property
+    @abstractmethod
+    def native(self) -> Any:
+        """The engine's own reference, for instance a ``ray.ObjectRef``."""
+
+
+class ItemStream(ABC):
+    """The items of one generator call."""
+
+    @abstractmethod
+    def next_item(self) -> Any:
+        """Wait for the next item; raise StopIteration after the last one."""
+
+    @abstractmethod
+    async def anext_item(self) -> Any:
+        """Await the next item; raise StopAsyncIteration after the last one."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the producer, so that its ``finally`` blocks run; idempotent."""
+
+
+class InstanceRef(ABC):
+    """One live instance as an engine reaches it."""
+
+    @property
+    @abstractmethod
+    def handle(self) -> ClassInstanceHandle:
+        """Where it is, as a value."""
+
+    @property
+    @abstractmethod
+    def native(self) -> Any:
+        """The engine's own handle, for instance a Ray actor handle."""
+
+    @abstractmethod
+    def submit(
+        self,
+        method: MethodInfo,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout_s: float | None,
+    ) -> CallRef:
+        """Submit a call; ``timeout_s`` replaces the class's own limit."""
+
+    @abstractmethod
+    def stream(
+        self,
+        method: MethodInfo,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout_s: float | None,
+    ) -> ItemStream:
+        """Start a generator call."""
+
+    @abstractmethod
+    def wait_ready(self) -> None:
+        """Wait until ``enter`` has finished; raise `InstanceStartError` if it failed."""
+
+    @abstractmethod
+    def inspect(self) -> InstanceInfo:
+        """Ask how it is, also while calls are running."""
+
+    @abstractmethod
+    def close(self) -> CloseReport:
+        """Stop it: drain, interrupt, exit hooks, free the name; idempotent."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give up this process's lease; the last one to do so stops the instance."""
+
+
+def _no_blobs() -> Mapping[str, bytes]:
+    return {}
+
+
+@dataclass(frozen=True)
+class StartRequest:
+    """A wanted instance.
+
+    Attributes:
+        spec: the class.
+        instance_id: its id within the class.
+        named: it lives until closed, not while leased.
+        reuse: an instance of this id that lives already is the wanted one.
+        arguments: the constructor's ``(args, kwargs)``, pickled by `apothic.packing`.
+        arguments_digest: equal for equal arguments.
+        match_arguments: refuse an existing instance that was made with other arguments.
+        blobs: gives the contents that the spec names by digest; called when they are not stored.
+    """
+
+    spec: ClassSpec
+    instance_id: str
+    named: bool
+    reuse: bool
+    arguments: bytes
+    arguments_digest: str
+    match_arguments: bool = True
+    blobs: Callable[[], Mapping[str, bytes]] = field(default=_no_blobs, repr=False)
+
+
+class ControlPlaneClient(ABC):
+    """A connection to a cluster."""
+
+    @property
+    @abstractmethod
+    def cluster_id(self) -> str:
+        """Name the cluster; handles of other clusters are refused by it."""
+
+    @property
+    @abstractmethod
+    def job_id(self) -> str:
+        """Name this process's job on the cluster."""
+
+    @abstractmethod
+    def deploy(
+        self, manifest: AppManifest, blobs: Mapping[str, bytes], *, close_outdated: bool
+    ) -> None:
+        """Store an app; instances of older versions of its classes are closed if asked."""
+
+    @abstractmethod
+    def find_app(self, name: str) -> AppManifest:
+        """Give a deployed app; raise `AppNotFoundError` naming those that exist."""
+
+    @abstractmethod
+    def list_apps(self) -> list[str]:
+        """Name the deployed apps."""
+
+    @abstractmethod
+    def find_spec(self, digest: str) -> ClassSpec | None:
+        """Give the version of a class that an instance runs, or None."""
+
+    @abstractmethod
+    def start(self, request: StartRequest) -> InstanceRef:
+        """Start or find an instance under this process's lease, without waiting for ``enter``."""
+
+    @abstractmethod
+    def attach(self, handle: ClassInstanceHandle) -> InstanceRef:
+        """Reach a live instance, under a lease unless it is named."""
+
+    @abstractmethod
+    def list_instances(self, app: str | None = None, cls: str | None = None) -> list[InstanceInfo]:
+        """List live instances."""
+
+    @abstractmethod
+    def put_secret(self, name: str, variables: Mapping[str, str], *, overwrite: bool) -> bool:
+        """Store a secret; False when it exists and is not to be replaced."""
+
+    @abstractmethod
+    def list_secrets(self) -> list[str]:
+        """Name the stored secrets."""
+
+    @abstractmethod
+    def delete_secret(self, name: str) -> bool:
+        """Remove a secret; False when there is none."""
+
+    @abstractmethod
+    def ensure_volume(self, volume: StorageMount) -> None:
+        """Record a volume, or check that the recorded one is the same."""
+
+    @abstractmethod
+    def list_volumes(self) -> list[StorageMount]:
+        """List recorded volumes."""
+
+    @abstractmethod
+    def delete_volume(self, name: str) -> bool:
+        """Remove a volume and its files; False when there is none."""
+
+    @abstractmethod
+    def explain(self, spec: ClassSpec) -> str:
+        """Tell where an instance could run and why not elsewhere, starting nothing."""
+
+    @abstractmethod
+    def disconnect(self) -> None:
+        """Close what this process leased, and end the connection if this process made it."""
+
+
+_lock = threading.RLock()
+_default: ControlPlaneClient | None = None
+
+
+def connect(
+    client: ControlPlaneClient | None = None, base_url: str | None = None
+) -> ControlPlaneClient:
+    """Give a connection: ``client`` itself, or the engine's to ``base_url``.
+
+    Raises:
+        InvalidOptionError: when both are given, or either is of another type.
+        BackendNotFoundError: when no engine is installed.
+        ConnectionFailedError: when the cluster cannot be reached; the text says what to do.
+    """
+    if client is not None and not isinstance(client, ControlPlaneClient):
+        raise InvalidOptionError(
+            f"client={client!r} is not valid: it takes an apothic.ControlPlaneClient. "
+            f"Leave it out to connect by base_url or RAY_ADDRESS."
+        )
+    if client is not None and base_url is not None:
+        raise InvalidOptionError(
+            f"client and base_url={base_url!r} are both given: a client is connected already. "
+            f"Give one of them."
+        )
+    if client is not None:
+        return client
+    if base_url is not None and (not isinstance(base_url, str) or not base_url.strip()):
+        raise InvalidOptionError(
+            f"base_url={base_url!r} is not valid: it takes 'ray://host:10001', 'host:6379', 'auto' "
+            f"or 'local'."
+        )
+    if base_url is None and _default is not None:
+        return _default
+    return _engine()(base_url)
+
+
+def use_client(client: ControlPlaneClient | None) -> ControlPlaneClient | None:
+    """Make ``client`` what everything connects to by default; give the previous one.
+
+    `apothic.testing` uses it to put its in-process engine in place. None restores the engine.
+    """
+    global _default
+    with _lock:
+        previous, _default = _default, client
+    return previous
+
+
+def _engine() -> Callable[[str | None], ControlPlaneClient]:
+    found = list(entry_points(group=_GROUP))
+    if not found:
+        raise BackendNotFoundError(
+            f"no installed package provides the entry-point group {_GROUP!r}, which holds the "
+            f"engines. Install the distribution: pip install apothic-ray."
+        )
+    engine: Callable[[str | None], ControlPlaneClient] = found[0].load()
+    return engine

@@ -1,0 +1,854 @@
+"""`Cls` and `BoundCls`: a class of an app, and the verbs that give instances of it."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+from apothic.backend import ControlPlaneClient, InstanceRef, StartRequest, connect
+from apothic.backend import CallRef as _CallRef
+from apothic.definition import (
+    ClassDefinition,
+    bind_arguments,
+    describe_class,
+    parameter_infos,
+    signature_from,
+)
+from apothic.errors import (
+    ArgumentError,
+    ClassNotFoundError,
+    HandleError,
+    InstanceNotFoundError,
+    UsageError,
+)
+from apothic.function import Function, RemoteFunction
+from apothic.inprocess import FutureCall, run_now
+from apothic.instance import ClassInstance, LocalClassInstance, missing_method
+from apothic.names import check_instance_id
+from apothic.options import ClassOptions
+from apothic.packing import arguments_digest, dumps, pack_class
+from apothic.retries import Retries
+from apothic.targets import Target
+from apothic.twins import Twin, twin
+from apothic.values import (
+    ClassInfo,
+    ClassInstanceHandle,
+    ClassSpec,
+    CloseReport,
+    InstanceInfo,
+    MethodInfo,
+    ParameterInfo,
+    digest_of,
+)
+
+__all__ = ["BoundCls", "BoundClsAio", "Cls", "ClsAio"]
+
+
+class Cls:
+    """A class of an app: defined here with `@app.cls`, or looked up by name.
+
+    Verbs: `bind` and `remote` give the instance for some arguments, `new` a fresh one, `named` one
+    that lives until closed, `local` one in this process, `attach` one that lives already. Calling
+    the object is refused: which of these is meant would be a guess.
+    """
+
+    def __init__(
+        self,
+        spec: ClassSpec | None = None,
+        *,
+        app_name: str | None = None,
+        name: str = "",
+        local_cls: type[Any] | None = None,
+        definition: ClassDefinition | None = None,
+        options: ClassOptions | None = None,
+        tags: tuple[str, ...] = (),
+        metadata: dict[str, Any] | None = None,
+        client: Callable[[], ControlPlaneClient] = connect,
+        deployment_id: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """Describe a class, from a spec or from code; made by `App.cls` and by look-ups."""
+        self._spec = spec
+        self._app_name = spec.app if spec is not None else app_name
+        self._name = spec.name if spec is not None else name
+        self._local_cls = local_cls
+        self._definition = definition
+        self._options = (
+            ClassOptions.model_validate(spec.options) if spec is not None else options
+        ) or ClassOptions()
+        self._tags = spec.tags if spec is not None else tags
+        self._metadata = dict((spec.metadata if spec is not None else metadata) or {})
+        self._client = client
+        self._deployment_id = deployment_id
+        self._blobs: dict[str, bytes] = {}
+        self._lock = threading.RLock()
+        self.__doc__ = spec.doc if spec is not None else getattr(local_cls, "__doc__", None)
+
+    @cached_property
+    def _described(self) -> ClassDefinition:
+        """Read the definition from code or spec; late, since unpickling completes classes late."""
+        if self._definition is not None:
+            return self._definition
+        if self._local_cls is not None:
+            return describe_class(self._local_cls)
+        assert self._spec is not None
+        return ClassDefinition(
+            methods={info.name: info for info in self._spec.methods},
+            method_signatures={
+                info.name: signature_from(info.parameters) for info in self._spec.methods
+            },
+            enter_hooks=self._spec.enter_hooks,
+            exit_hooks=self._spec.exit_hooks,
+            signature=signature_from(self._spec.parameters),
+            doc=self._spec.doc,
+        )
+
+    # -- look-up -------------------------------------------------------------------------------
+
+    @staticmethod
+    def from_name(
+        app_name: str,
+        class_name: str,
+        *,
+        client: ControlPlaneClient | None = None,
+        base_url: str | None = None,
+    ) -> Cls:
+        """Look up a class of a deployed app. Neither its code nor its dependencies are needed here.
+
+        Raises:
+            AppNotFoundError: when no such app is deployed.
+            ClassNotFoundError: when the app has no such class.
+        """
+        connection = connect(client, base_url)
+        manifest = connection.find_app(app_name)
+        spec = manifest.classes.get(class_name)
+        if spec is None:
+            raise ClassNotFoundError(
+                f"app {app_name!r} has no class {class_name!r}: it has "
+                f"{', '.join(manifest.classes) or 'none'}. Check the spelling, or deploy it again."
+            )
+        return Cls(
+            spec, client=lambda: connection, deployment_id=lambda: manifest.deployment_id
+        )
+
+    @staticmethod
+    def from_handle(
+        handle: ClassInstanceHandle | dict[str, Any] | str,
+        *,
+        client: ControlPlaneClient | None = None,
+        base_url: str | None = None,
+    ) -> ClassInstance:
+        """Reach a live instance of any class by its handle, from any job of the cluster.
+
+        Raises:
+            HandleError: when the handle is malformed or of another cluster.
+            InstanceNotFoundError: when the instance is gone.
+        """
+        parsed = ClassInstanceHandle.parse(handle)
+        connection = connect(client, base_url)
+        _check_cluster(parsed, connection)
+        spec = connection.find_spec(parsed.spec_digest)
+        if spec is None:
+            raise InstanceNotFoundError(
+                f"instance {parsed.instance_id!r} of {parsed.app}.{parsed.cls} is not known to the "
+                f"cluster: it was closed, or its cluster has ended since. Start another."
+            )
+        return Cls(spec, client=lambda: connection).attach(parsed)
+
+    # -- properties ----------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The class's name in its app."""
+        return self._name
+
+    @property
+    def app_name(self) -> str | None:
+        """The app's name."""
+        return self._app_name
+
+    @property
+    def methods(self) -> dict[str, Function[Any] | RemoteFunction[Any]]:
+        """The remote methods by name, to read; calling one needs an instance."""
+        return {name: self._class_function(name) for name in self._described.methods}
+
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """Names of the remote methods, in the order of their definition."""
+        return tuple(self._described.methods)
+
+    @property
+    def method_infos(self) -> dict[str, MethodInfo]:
+        """What is known of each remote method."""
+        return dict(self._described.methods)
+
+    @property
+    def close_function(self) -> Function[Any] | RemoteFunction[Any] | None:
+        """A function that closes the instance of a handle; None when no exit hook would run."""
+        if not self._described.exit_hooks:
+            return None
+        info = MethodInfo(
+            name="close",
+            kind="sync",
+            parameters=(ParameterInfo(name="handle", kind="POSITIONAL_OR_KEYWORD"),),
+            doc="Close the instance that a handle names.",
+        )
+        target = Target(lambda _: _Closer(self), label=self._label, max_pending=2**31)
+        return self._function(info, signature_from(info.parameters), target, RemoteFunction)
+
+    @property
+    def signature(self) -> inspect.Signature | None:
+        """The constructor's signature; of a looked-up class, annotations and defaults are texts."""
+        return self._described.signature
+
+    @property
+    def parameters(self) -> tuple[ParameterInfo, ...]:
+        """The constructor's parameters."""
+        if self._spec is not None:
+            return self._spec.parameters
+        return parameter_infos(self._described.signature)
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the constructor's parameters."""
+        return tuple(parameter.name for parameter in self.parameters)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """As given to `@app.cls`."""
+        return self._tags
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """As given to `@app.cls`."""
+        return dict(self._metadata)
+
+    @property
+    def enter_hook_names(self) -> tuple[str, ...]:
+        """Names of the enter hooks, in the order in which they run."""
+        return self._described.enter_hooks
+
+    @property
+    def exit_hook_names(self) -> tuple[str, ...]:
+        """Names of the exit hooks, in the order of definition; they run in reverse."""
+        return self._described.exit_hooks
+
+    @property
+    def remote_only(self) -> bool:
+        """Whether its code is not in this process."""
+        return self._local_cls is None
+
+    @property
+    def local_cls(self) -> type[Any] | None:
+        """The user's class, where its code is in this process."""
+        return self._local_cls
+
+    @property
+    def options(self) -> ClassOptions:
+        """The checked options."""
+        return self._options
+
+    @property
+    def aio(self) -> ClsAio:
+        """The async twins of the verbs."""
+        return ClsAio(self)
+
+    # -- looking -------------------------------------------------------------------------------
+
+    def inspect(self) -> ClassInfo:
+        """Tell what is known of the class; its live instances too where a deployment is known."""
+        deployment_id = self._deployment_id()
+        known = self.remote_only or deployment_id is not None
+        instances: tuple[str, ...] = ()
+        if known:
+            found = self._client().list_instances(self._app_name, self._name)
+            instances = tuple(info.instance_id for info in found)
+        return ClassInfo(
+            name=self._name,
+            app_name=self._app_name,
+            methods=tuple(self._described.methods.values()),
+            parameters=self.parameters,
+            enter_hook_names=self._described.enter_hooks,
+            exit_hook_names=self._described.exit_hooks,
+            tags=self._tags,
+            metadata=self._metadata,
+            options=self._options.model_dump(mode="json"),
+            remote_only=self.remote_only,
+            deployment_id=deployment_id,
+            spec_digest=self.spec.digest if known else None,
+            instances=instances,
+        )
+
+    def has_method(self, name: str) -> bool:
+        """Tell whether the class has a remote method of this name."""
+        return name in self._described.methods
+
+    def method_info(self, name: str) -> MethodInfo:
+        """Tell what is known of a remote method.
+
+        Raises:
+            MethodNotFoundError: when there is none of this name.
+        """
+        info = self._described.methods.get(name)
+        if info is None:
+            raise missing_method(self._name, name, self.method_names, self._local_cls)
+        return info
+
+    def explain(self) -> str:
+        """Tell which nodes could run an instance and why others could not, starting nothing."""
+        return self._client().explain(self.spec)
+
+    # -- verbs ---------------------------------------------------------------------------------
+
+    def bind(self, *args: Any, **kwargs: Any) -> ClassInstance:
+        """Give the instance for these arguments; it starts at first use.
+
+        Every client of a deployed app that binds equal arguments gets the same one; an app that is
+        only defined in a script keeps it private to the job. It lives while someone leases it and
+        scales with ``max_containers`` and ``tasks_per_container``.
+
+        Raises:
+            ArgumentError: when the arguments do not fit the constructor.
+            SerializationError: when an argument cannot travel.
+        """
+        bound = self._bind(args, kwargs)
+        digest = arguments_digest(bound)
+        packed = self._pack(args, kwargs)
+
+        def open_replica(index: int) -> InstanceRef:
+            client = self._client()
+            shared = self.remote_only or self._deployment_id() is not None
+            scope = "" if shared else client.job_id
+            key = digest_of([self.spec.digest, digest, scope])[:24]
+            return client.start(
+                self._request(
+                    f"bind-{key}-{index}", packed, digest, named=False, reuse=True
+                )
+            )
+
+        target = Target(
+            open_replica,
+            label=self._label,
+            max_pending=self._options.max_pending_tasks,
+            max_containers=self._options.max_containers,
+            tasks_per_container=self._options.tasks_per_container,
+            replaceable=True,
+        )
+        return ClassInstance(self, target)
+
+    def remote(self, *args: Any, **kwargs: Any) -> ClassInstance:
+        """Do what `bind` does, start the instance now, and return when ``enter`` has finished.
+
+        Raises:
+            ArgumentError: when the arguments do not fit the constructor.
+            InstanceStartError: when construction or an enter hook failed.
+            NoMatchingOfferError: when no node can ever run it.
+        """
+        instance = self.bind(*args, **kwargs)
+        instance._target.primary().wait_ready()
+        return instance
+
+    def partial(self, *args: Any, **kwargs: Any) -> BoundCls:
+        """Keep some arguments; later ones are appended, later keywords win."""
+        return BoundCls(self, args, kwargs)
+
+    def new(self, *args: Any, **kwargs: Any) -> ClassInstance:
+        """Start a fresh instance, leased to this job (or to the actor that this runs in).
+
+        Raises:
+            ArgumentError: when the arguments do not fit the constructor.
+            InstanceStartError: when construction or an enter hook failed; nothing is left behind.
+            NoMatchingOfferError: when no node can ever run it.
+        """
+        digest = arguments_digest(self._bind(args, kwargs))
+        request = self._request(
+            uuid.uuid4().hex, self._pack(args, kwargs), digest, named=False, reuse=False
+        )
+        return self._started(self._client().start(request))
+
+    def named(self, instance_id: str, *args: Any, **kwargs: Any) -> ClassInstance:
+        """Get or create the instance of an id, free of races. It lives until it is closed.
+
+        An existing one is given when the arguments are absent or equal to its own. After a crash it
+        comes back by itself, with a new construction and ``enter``.
+
+        Raises:
+            ConflictError: when it exists with other arguments.
+            ArgumentError: when it must be created and the arguments do not fit.
+            InvalidOptionError: when the id is not valid.
+            InstanceStartError: when construction or an enter hook failed; the name is free again.
+            NoMatchingOfferError: when no node can ever run it.
+        """
+        check_instance_id(instance_id)
+        client = self._client()
+        try:
+            bound = self._bind(args, kwargs)
+        except ArgumentError as error:
+            if args or kwargs:
+                raise
+            # Without arguments an existing one is meant, whatever its constructor wants.
+            try:
+                return self._started(client.attach(self._named_handle(instance_id)))
+            except InstanceNotFoundError:
+                raise error from None
+        request = self._request(
+            instance_id,
+            self._pack(args, kwargs),
+            arguments_digest(bound),
+            named=True,
+            reuse=True,
+            match=bool(args or kwargs),
+        )
+        return self._started(client.start(request))
+
+    def local(self, *args: Any, **kwargs: Any) -> LocalClassInstance:
+        """Make the object in this process and run its enter hooks, sync and async ones.
+
+        Raises:
+            UsageError: when the code is not in this process.
+            ArgumentError: when the arguments do not fit the constructor.
+        """
+        if self._local_cls is None:
+            raise UsageError(
+                f"{self._name} was looked up by name: its code is not in this process, so it has "
+                f"no local instance. Import the module that defines it."
+            )
+        self._bind(args, kwargs)
+        return LocalClassInstance(self, self._local_cls(*args, **kwargs))
+
+    def attach(self, handle: ClassInstanceHandle | dict[str, Any] | str) -> ClassInstance:
+        """Reach a live instance of this class, under a lease of this job unless it is named.
+
+        Raises:
+            HandleError: when the handle is malformed, or of another cluster, app or class.
+            InstanceNotFoundError: when the instance is gone.
+        """
+        parsed, client = self._check_handle(handle)
+        return self._instance(client.attach(parsed))
+
+    def close_handle(self, handle: ClassInstanceHandle | dict[str, Any] | str) -> CloseReport:
+        """Close the instance that a handle names; idempotent.
+
+        Raises:
+            HandleError: when the handle is malformed, or of another cluster, app or class.
+        """
+        parsed, client = self._check_handle(handle)
+        try:
+            return client.attach(parsed).close()
+        except InstanceNotFoundError:
+            return CloseReport(closed=False, note="it was closed before")
+
+    def close_named(self, instance_id: str, *args: Any, **kwargs: Any) -> CloseReport:
+        """Close the named instance of an id; idempotent.
+
+        Args:
+            instance_id: its id.
+            *args: when any are given, they must equal those that it was made with.
+            **kwargs: likewise.
+
+        Raises:
+            ArgumentError: when arguments are given that differ from its own.
+            InvalidOptionError: when the id is not valid.
+        """
+        check_instance_id(instance_id)
+        try:
+            ref = self._client().attach(self._named_handle(instance_id))
+            if args or kwargs:
+                digest = arguments_digest(self._bind(args, kwargs))
+                if ref.inspect().arguments_digest != digest:
+                    raise ArgumentError(
+                        f"{self._label} {instance_id!r} was made with other arguments than those "
+                        f"given, so it is left alone. Leave the arguments out to close it anyway."
+                    )
+            return ref.close()
+        except InstanceNotFoundError:
+            return CloseReport(closed=False, note="no instance of this id lives")
+
+    # -- inside --------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> ClassSpec:
+        """The class as the cluster knows it; packs the code at first use.
+
+        Raises:
+            SerializationError: when the class cannot be pickled; the message names what stands
+                in the way.
+        """
+        with self._lock:
+            if self._spec is None:
+                assert self._local_cls is not None
+                blob = pack_class(self._local_cls)
+                digest = digest_of(blob)
+                blobs = {digest: blob}
+                options = self._options
+                if options.image is not None:
+                    image, files = options.image.pack()
+                    options = options.model_copy(update={"image": image})
+                    blobs.update(files)
+                self._spec = ClassSpec(
+                    app=self._app_name or "",
+                    name=self._name,
+                    methods=tuple(self._described.methods.values()),
+                    parameters=parameter_infos(self._described.signature),
+                    enter_hooks=self._described.enter_hooks,
+                    exit_hooks=self._described.exit_hooks,
+                    tags=self._tags,
+                    metadata=self._metadata,
+                    options=options.model_dump(mode="json"),
+                    blob_digest=digest,
+                    doc=self._described.doc,
+                )
+                self._blobs = blobs
+            return self._spec
+
+    def blobs(self) -> Mapping[str, bytes]:
+        """Give the contents that the spec names by digest; empty for a looked-up class."""
+        _ = self.spec
+        return self._blobs
+
+    @property
+    def _label(self) -> str:
+        return f"{self._app_name}.{self._name}" if self._app_name else self._name
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+        return bind_arguments(self._name, self._described.signature, args, kwargs)
+
+    def _pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+        return dumps((args, kwargs))
+
+    def _request(
+        self,
+        instance_id: str,
+        packed: bytes,
+        digest: str,
+        *,
+        named: bool,
+        reuse: bool,
+        match: bool = True,
+    ) -> StartRequest:
+        return StartRequest(
+            spec=self.spec,
+            instance_id=instance_id,
+            named=named,
+            reuse=reuse,
+            arguments=packed,
+            arguments_digest=digest,
+            match_arguments=match,
+            blobs=self.blobs,
+        )
+
+    def _named_handle(self, instance_id: str) -> ClassInstanceHandle:
+        return ClassInstanceHandle(
+            cluster_id=self._client().cluster_id,
+            app=self._app_name or "",
+            cls=self._name,
+            instance_id=instance_id,
+            spec_digest="",
+            named=True,
+        )
+
+    def _check_handle(
+        self, handle: ClassInstanceHandle | dict[str, Any] | str
+    ) -> tuple[ClassInstanceHandle, ControlPlaneClient]:
+        parsed = ClassInstanceHandle.parse(handle)
+        if (parsed.app, parsed.cls) != (self._app_name, self._name):
+            raise HandleError(
+                f"the handle is of {parsed.app}.{parsed.cls}, not of {self._label}. Use "
+                f"Cls.from_handle, or the class that it belongs to."
+            )
+        client = self._client()
+        _check_cluster(parsed, client)
+        return parsed, client
+
+    def _started(self, ref: InstanceRef) -> ClassInstance:
+        ref.wait_ready()
+        return self._instance(ref)
+
+    def _instance(self, ref: InstanceRef) -> ClassInstance:
+        target = Target(
+            lambda _: ref,
+            label=f"{self._label} {ref.handle.instance_id!r}",
+            max_pending=self._options.max_pending_tasks,
+        )
+        target.primary()
+        return ClassInstance(self, target)
+
+    def _function(
+        self,
+        info: MethodInfo,
+        signature: inspect.Signature | None,
+        target: Target | None,
+        kind: type[Function[Any]],
+        *,
+        retries: Retries | None = None,
+    ) -> Any:
+        return kind(
+            info,
+            signature,
+            target,
+            owner=self._name,
+            app_name=self._app_name,
+            options=self._options.model_dump(mode="json") if target is None else {},
+            timeout_s=self._options.timeout_s,
+            retries=retries or Retries(0),
+        )
+
+    def _class_function(self, name: str) -> Function[Any] | RemoteFunction[Any]:
+        kind = RemoteFunction if self.remote_only else Function
+        function: Function[Any] = self._function(
+            self.method_info(name),
+            self._described.method_signatures.get(name),
+            None,
+            kind,
+            retries=self._options.retries,
+        )
+        return function
+
+    def _instance_function(self, name: str, target: Target) -> RemoteFunction[Any]:
+        info = self.method_info(name)
+        retries = self._options.retries
+        function: RemoteFunction[Any] = self._function(
+            info, self._described.method_signatures.get(name), target, RemoteFunction, retries=retries
+        )
+        return function
+
+    def _local_function(self, name: str, target: Target) -> Function[Any]:
+        function: Function[Any] = self._function(
+            self.method_info(name), self._described.method_signatures.get(name), target, Function
+        )
+        return function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ClassInstance:
+        """Refuse: a call could mean a local object or any of the remote verbs.
+
+        Raises:
+            UsageError: always; the message lists the verbs.
+        """
+        raise UsageError(
+            f"{self._name}(…) does not say where the instance lives. Write {self._name}.bind(…) or "
+            f".remote(…) for the one of these arguments, .new(…) for a fresh one, "
+            f".named('id', …) for one that stays, .local(…) for one in this process."
+        )
+
+    def __getattr__(self, name: str) -> Function[Any] | RemoteFunction[Any]:
+        """Give a remote method to read; calling it says that it needs an instance."""
+        if name.startswith("_") or hasattr(type(self), name):
+            return object.__getattribute__(self, name)  # type: ignore[no-any-return]
+        return self._class_function(name)
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type[Any], ...]:
+        """Let classes inherit from a decorated class."""
+        if self._local_cls is None:
+            raise UsageError(
+                f"{self._name} was looked up by name: its code is not in this process, so nothing "
+                f"can inherit from it. Import the module that defines it."
+            )
+        return (self._local_cls,)
+
+    def __reduce__(self) -> tuple[Callable[[], Cls], tuple[()], dict[str, Any]]:
+        """Travel with the code where it is local; the state comes last, for classes that use one
+        another."""
+        state = {
+            "spec": self._spec if self._local_cls is None else None,
+            "app_name": self._app_name,
+            "name": self._name,
+            "local_cls": self._local_cls,
+            "options": self._options,
+            "tags": self._tags,
+            "metadata": self._metadata,
+            "deployed": self._deployment_id(),
+        }
+        return _empty, (), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state over; the connection is this process's own."""
+        deployed = state.pop("deployed")
+        Cls.__init__(self, **state, deployment_id=lambda: deployed)
+
+    def __repr__(self) -> str:
+        """Name app, class and where the code is."""
+        where = "remote" if self.remote_only else "local"
+        return f"<apothic.Cls {self._label} ({where} code)>"
+
+
+class BoundCls:
+    """A class with some arguments kept: later ones are appended, later keywords win."""
+
+    def __init__(self, cls: Cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep arguments; made by `Cls.partial`.
+
+        Raises:
+            ArgumentError: when no later arguments could make them fit.
+        """
+        self._cls = cls
+        self._args = args
+        self._kwargs = kwargs
+        if cls.signature is not None:
+            try:
+                cls.signature.bind_partial(*args, **kwargs)
+            except TypeError as error:
+                raise ArgumentError(
+                    f"{cls.name}.partial: {error}. Its signature is {cls.signature}; pass arguments "
+                    f"that fit."
+                ) from None
+
+    @property
+    def cls(self) -> Cls:
+        """The class."""
+        return self._cls
+
+    @property
+    def signature(self) -> inspect.Signature | None:
+        """The constructor's signature, the kept arguments included."""
+        return self._cls.signature
+
+    @property
+    def init_args(self) -> tuple[Any, ...]:
+        """The kept positional arguments."""
+        return self._args
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """The kept keyword arguments."""
+        return dict(self._kwargs)
+
+    @property
+    def aio(self) -> BoundClsAio:
+        """The async twins of the verbs."""
+        return BoundClsAio(self)
+
+    def bind(self, *args: Any, **kwargs: Any) -> ClassInstance:
+        """Do what `Cls.bind` does, with the kept arguments first."""
+        return self._cls.bind(*self._args, *args, **{**self._kwargs, **kwargs})
+
+    def remote(self, *args: Any, **kwargs: Any) -> ClassInstance:
+        """Do what `Cls.remote` does, with the kept arguments first."""
+        return self._cls.remote(*self._args, *args, **{**self._kwargs, **kwargs})
+
+    def local(self, *args: Any, **kwargs: Any) -> LocalClassInstance:
+        """Do what `Cls.local` does, with the kept arguments first."""
+        return self._cls.local(*self._args, *args, **{**self._kwargs, **kwargs})
+
+    def new(self, *args: Any, **kwargs: Any) -> ClassInstance:
+        """Do what `Cls.new` does, with the kept arguments first."""
+        return self._cls.new(*self._args, *args, **{**self._kwargs, **kwargs})
+
+    def named(self, instance_id: str, *args: Any, **kwargs: Any) -> ClassInstance:
+        """Do what `Cls.named` does, with the kept arguments first."""
+        return self._cls.named(instance_id, *self._args, *args, **{**self._kwargs, **kwargs})
+
+    def partial(self, *args: Any, **kwargs: Any) -> BoundCls:
+        """Keep more arguments."""
+        return BoundCls(self._cls, (*self._args, *args), {**self._kwargs, **kwargs})
+
+    def close_handle(self, handle: ClassInstanceHandle | dict[str, Any] | str) -> CloseReport:
+        """Do what `Cls.close_handle` does."""
+        return self._cls.close_handle(handle)
+
+    def close_named(self, instance_id: str, *args: Any, **kwargs: Any) -> CloseReport:
+        """Do what `Cls.close_named` does, with the kept arguments first."""
+        return self._cls.close_named(instance_id, *self._args, *args, **{**self._kwargs, **kwargs})
+
+    def __repr__(self) -> str:
+        """Name the class; arguments may be private."""
+        return f"<apothic.BoundCls {self._cls._label}>"
+
+
+class ClsAio(Twin[Cls]):
+    """Async twins of `Cls`."""
+
+    __slots__ = ()
+
+    inspect = twin(Cls.inspect)
+    explain = twin(Cls.explain)
+    remote = twin(Cls.remote)
+    bind = twin(Cls.bind)
+    new = twin(Cls.new)
+    named = twin(Cls.named)
+    local = twin(Cls.local)
+    attach = twin(Cls.attach)
+    close_handle = twin(Cls.close_handle)
+    close_named = twin(Cls.close_named)
+
+    async def from_name(
+        self, app_name: str, class_name: str, *, client: ControlPlaneClient | None = None
+    ) -> Cls:
+        """Do what `Cls.from_name` does."""
+        return await twin(lambda _: Cls.from_name(app_name, class_name, client=client))(self)
+
+
+class BoundClsAio(Twin[BoundCls]):
+    """Async twins of `BoundCls`."""
+
+    __slots__ = ()
+
+    bind = twin(BoundCls.bind)
+    remote = twin(BoundCls.remote)
+    local = twin(BoundCls.local)
+    new = twin(BoundCls.new)
+    named = twin(BoundCls.named)
+    close_handle = twin(BoundCls.close_handle)
+    close_named = twin(BoundCls.close_named)
+
+
+class _Closer(InstanceRef):
+    """What `Cls.close_function` calls: it closes handles through the class."""
+
+    def __init__(self, cls: Cls) -> None:
+        self._cls = cls
+
+    @property
+    def handle(self) -> ClassInstanceHandle:
+        raise UsageError("close_function is no instance: it takes the handle of one.")
+
+    @property
+    def native(self) -> Any:
+        return self._cls
+
+    def submit(
+        self,
+        method: MethodInfo,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout_s: float | None,
+    ) -> _CallRef:
+        from apothic.inprocess import LoopThread
+
+        return FutureCall(run_now(LoopThread(), self._cls.close_handle, method, args, kwargs))
+
+    def stream(
+        self,
+        method: MethodInfo,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout_s: float | None,
+    ) -> Any:
+        raise UsageError("close_function gives one value: use remote or spawn.")
+
+    def wait_ready(self) -> None:
+        return None
+
+    def inspect(self) -> InstanceInfo:
+        raise UsageError("close_function is no instance: it takes the handle of one.")
+
+    def close(self) -> CloseReport:
+        return CloseReport(closed=False)
+
+    def release(self) -> None:
+        return None
+
+
+def _empty() -> Cls:
+    return Cls.__new__(Cls)
+
+
+def _check_cluster(handle: ClassInstanceHandle, client: ControlPlaneClient) -> None:
+    if handle.cluster_id != client.cluster_id:
+        raise HandleError(
+            f"the handle is of cluster {handle.cluster_id!r}, this process is connected to "
+            f"{client.cluster_id!r}. Connect to the handle's cluster with base_url, or make a new "
+            f"instance here."
+        )

@@ -1,0 +1,278 @@
+"""Every error this package raises on purpose, as one tree.
+
+::
+
+    ApothicError
+    ├── InvalidOptionError (ValueError)         an option, name or policy that breaks its rule
+    ├── DefinitionError (TypeError)             a class or hook that cannot become a service
+    ├── ArgumentError (TypeError)               arguments that do not fit a signature
+    ├── HandleError (ValueError)                a handle that is malformed, altered or foreign
+    ├── UsageError (RuntimeError)               a verb used where it has no meaning
+    ├── SerializationError (TypeError)          a value that cannot travel between processes
+    ├── NotFoundError (LookupError)
+    │   ├── AppNotFoundError
+    │   ├── ClassNotFoundError
+    │   ├── SandboxNotFoundError
+    │   ├── MethodNotFoundError (AttributeError)
+    │   ├── InstanceNotFoundError
+    │   ├── SecretNotFoundError
+    │   └── VolumeNotFoundError
+    ├── ConflictError                           the name is taken by something different
+    ├── BackendError
+    │   ├── BackendNotFoundError                no engine is installed
+    │   ├── ConnectionFailedError (ConnectionError)
+    │   │   ├── AuthenticationError
+    │   │   └── VersionMismatchError
+    │   ├── EnvironmentSetupError               a node cannot make the image or runtime environment
+    │   └── PlacementError
+    │       ├── NoMatchingOfferError            no node can ever run it
+    │       └── PlacementTimeoutError           nodes match, but none had room in time
+    ├── InstanceError
+    │   ├── InstanceStartError                  construction or an ``enter`` hook failed
+    │   ├── InstanceLostError                   its process, node or cluster died
+    │   └── InstanceClosedError                 it was closed
+    └── CallError
+        ├── RemoteError                         user code failed with an error that cannot travel
+        ├── FunctionTimeoutError (TimeoutError) the call ran longer than its ``timeout_s``
+        ├── WaitTimeoutError (TimeoutError)     the caller stopped waiting; the call goes on
+        ├── JobCancelledError                   the call was cancelled
+        └── PendingTasksExceededError           ``max_pending_tasks`` calls are unfinished already
+
+Each message holds the value, the rule and the remedy. Every class survives pickling with all its
+attributes, whatever its constructor takes. The user's own exceptions are no part of the tree: they
+arrive as themselves, with a `RemoteTraceback` as their ``__cause__``.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ApothicError",
+    "AppNotFoundError",
+    "ArgumentError",
+    "AuthenticationError",
+    "BackendError",
+    "BackendNotFoundError",
+    "CallError",
+    "ClassNotFoundError",
+    "ConflictError",
+    "ConnectionFailedError",
+    "DefinitionError",
+    "EnvironmentSetupError",
+    "FunctionTimeoutError",
+    "HandleError",
+    "InstanceClosedError",
+    "InstanceError",
+    "InstanceLostError",
+    "InstanceNotFoundError",
+    "InstanceStartError",
+    "InvalidOptionError",
+    "JobCancelledError",
+    "MethodNotFoundError",
+    "NoMatchingOfferError",
+    "NotFoundError",
+    "PendingTasksExceededError",
+    "PlacementError",
+    "PlacementTimeoutError",
+    "RemoteError",
+    "RemoteTraceback",
+    "SandboxNotFoundError",
+    "SecretNotFoundError",
+    "SerializationError",
+    "UsageError",
+    "VersionMismatchError",
+    "VolumeNotFoundError",
+    "WaitTimeoutError",
+]
+
+
+def _rebuild(
+    cls: type[ApothicError], args: tuple[object, ...], state: dict[str, object]
+) -> ApothicError:
+    """Make the error again without its constructor, whose parameters may differ from ``args``."""
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ApothicError(Exception):
+    """Root of the tree: catch it to catch everything this package raises on purpose."""
+
+    def __reduce__(
+        self,
+    ) -> tuple[object, tuple[type[ApothicError], tuple[object, ...], dict[str, object]]]:
+        """Keep every attribute through pickling."""
+        return _rebuild, (type(self), self.args, dict(self.__dict__))
+
+
+class InvalidOptionError(ApothicError, ValueError):
+    """An option, name or policy breaks its rule; raised where it was written."""
+
+
+class DefinitionError(ApothicError, TypeError):
+    """A class, method or hook cannot become a service as it is written."""
+
+
+class ArgumentError(ApothicError, TypeError):
+    """Arguments do not fit the signature of a constructor or method."""
+
+
+class HandleError(ApothicError, ValueError):
+    """A handle is malformed, was altered, or belongs to another cluster, app or class."""
+
+
+class UsageError(ApothicError, RuntimeError):
+    """A verb was used where it has no meaning; the message says what to write."""
+
+
+class SerializationError(ApothicError, TypeError):
+    """A class, argument or result cannot travel between processes; the message names it."""
+
+
+class NotFoundError(ApothicError, LookupError):
+    """Something named does not exist on the cluster or in the app."""
+
+
+class AppNotFoundError(NotFoundError):
+    """No app of this name is deployed on the cluster."""
+
+
+class ClassNotFoundError(NotFoundError):
+    """The app has no class of this name."""
+
+
+class SandboxNotFoundError(NotFoundError):
+    """The app has no sandbox definition of this name."""
+
+
+class MethodNotFoundError(NotFoundError, AttributeError):
+    """The class has no remote method of this name."""
+
+
+class InstanceNotFoundError(NotFoundError):
+    """No live instance answers to this handle or id."""
+
+
+class SecretNotFoundError(NotFoundError):
+    """No secret of this name is stored on the cluster."""
+
+
+class VolumeNotFoundError(NotFoundError):
+    """No volume of this name exists and it was not to be created."""
+
+
+class ConflictError(ApothicError):
+    """The name exists already with other arguments, another backend or another size."""
+
+
+class BackendError(ApothicError):
+    """The engine behind the API could not do its part."""
+
+
+class BackendNotFoundError(BackendError):
+    """No installed package provides the entry-point group ``apothic.backends``."""
+
+
+class ConnectionFailedError(BackendError, ConnectionError):
+    """The cluster could not be reached, or the connection to it ended."""
+
+
+class AuthenticationError(ConnectionFailedError):
+    """The cluster refused this process's token, or wants one and got none."""
+
+
+class VersionMismatchError(ConnectionFailedError):
+    """The cluster runs a Ray or Python version that this process cannot talk to."""
+
+
+class EnvironmentSetupError(BackendError):
+    """A node could not make the image or the runtime environment of a class."""
+
+
+class PlacementError(BackendError):
+    """No node was found to run on."""
+
+
+class NoMatchingOfferError(PlacementError):
+    """No node of the cluster can ever satisfy the constraints; the message holds the table."""
+
+
+class PlacementTimeoutError(PlacementError, TimeoutError):
+    """Nodes satisfy the constraints, but none had room in time; the message names the holders."""
+
+
+class InstanceError(ApothicError):
+    """Something happened to an instance as a whole."""
+
+
+class InstanceStartError(InstanceError):
+    """Construction or an ``enter`` hook failed; the user's exception is the ``__cause__``."""
+
+
+class InstanceLostError(InstanceError):
+    """The instance's process, node or cluster died; what its methods had done may be lost."""
+
+
+class InstanceClosedError(InstanceError):
+    """The instance was closed, by this process or by another."""
+
+
+class CallError(ApothicError):
+    """A call did not give a value."""
+
+
+class RemoteError(CallError):
+    """User code raised something that does not survive the way back.
+
+    Attributes:
+        type_name: the qualified name of the exception's type, for instance ``builtins.SystemExit``.
+        message: its text.
+        traceback: the remote traceback as text, causes and notes included.
+    """
+
+    def __init__(self, type_name: str, message: str, traceback: str) -> None:
+        """Keep the three texts that stand for the remote exception."""
+        super().__init__(type_name, message, traceback)
+        self.type_name = type_name
+        self.message = message
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        """Give ``type: message``, as a traceback's last line does, and the remote traceback."""
+        head = f"{self.type_name}: {self.message}" if self.message else self.type_name
+        return f"{head}\n\n{self.traceback.rstrip()}" if self.traceback else head
+
+
+class FunctionTimeoutError(CallError, TimeoutError):
+    """The call ran longer than its ``timeout_s`` and was stopped.
+
+    Attributes:
+        state_lost: True when the process had to be replaced, so that the instance's state is gone.
+    """
+
+    state_lost: bool = False
+
+
+class WaitTimeoutError(CallError, TimeoutError):
+    """``get(timeout_s=…)`` ended before the call did; the call goes on."""
+
+
+class JobCancelledError(CallError):
+    """The call was cancelled before it gave a value."""
+
+
+class PendingTasksExceededError(CallError):
+    """``max_pending_tasks`` calls are submitted and not finished; this one was not submitted."""
+
+
+class RemoteTraceback(Exception):  # noqa: N818 - carries text, is never raised itself
+    """The remote traceback as text: the ``__cause__`` of a user exception that came back."""
+
+    def __init__(self, text: str) -> None:
+        """Keep the text as it was formatted in the process that raised."""
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        """Give the text between line breaks, as a chained traceback prints it."""
+        return f"\n{self.text.rstrip()}\n"

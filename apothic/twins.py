@@ -1,0 +1,69 @@
+"""Async twins: every blocking verb ``x.verb(…)`` is also ``await x.aio.verb(…)``.
+
+There is one implementation of each verb. Where waiting is all it does, as for calls, the twin awaits
+natively; the others run on threads of our own, so that neither the event loop nor its default
+executor is held up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+from typing_extensions import Concatenate, ParamSpec
+
+__all__ = ["Twin", "in_thread", "twin"]
+
+_S = TypeVar("_S")
+_R = TypeVar("_R")
+_P = ParamSpec("_P")
+
+# Verbs wait on the cluster, not on the processor: the bound only limits memory.
+_MAX_THREADS = 256
+_lock = threading.Lock()
+_threads: ThreadPoolExecutor | None = None
+
+
+async def in_thread(function: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    """Run a blocking function on one of our threads, in a copy of the caller's context."""
+    global _threads
+    with _lock:
+        if _threads is None:
+            _threads = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="apothic-aio")
+    context = contextvars.copy_context()
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(
+        _threads, lambda: context.run(function, *args, **kwargs)
+    )
+
+
+class Twin(Generic[_S]):
+    """The async face of an object; its methods are made by `twin`."""
+
+    __slots__ = ("_target",)
+
+    def __init__(self, target: _S) -> None:
+        """Wrap ``target``."""
+        self._target = target
+
+    def __repr__(self) -> str:
+        """Name the object it belongs to."""
+        return f"{self._target!r}.aio"
+
+
+def twin(
+    verb: Callable[Concatenate[_S, _P], _R],
+) -> Callable[Concatenate[Twin[_S], _P], Coroutine[Any, Any, _R]]:
+    """Make the async twin of a blocking method, with its parameters and result."""
+
+    async def call(self: Twin[_S], /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return await in_thread(verb, self._target, *args, **kwargs)
+
+    call.__name__ = getattr(verb, "__name__", "call")
+    call.__doc__ = verb.__doc__
+    call.__wrapped__ = verb  # type: ignore[attr-defined]  # inspect.signature shows its parameters
+    return call

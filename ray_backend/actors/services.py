@@ -1,0 +1,145 @@
+"""What an instance's process does besides user code: fetch, set up, remove and replace itself."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ray_backend.actors.failure import RemoteFailure
+from ray_backend.actors.host import InstancePlan
+from ray_backend.actors.loading import load_class, share_class_identities
+from ray_backend.actors.mounts import Mounts
+from ray_backend.ray_api import restart_count, session_directory
+from ray_backend.registry import Registry
+
+__all__ = ["WorkerServices"]
+
+_PYTHON_SOURCE = "apothic:python/"
+
+
+class WorkerServices:
+    """The surroundings of one instance, on Ray."""
+
+    def __init__(self, plan: InstancePlan) -> None:
+        """Look at the process; nothing is changed before `prepare`."""
+        self._plan = plan
+        self._registry = Registry()
+        self._context = ray.get_runtime_context()
+        self._mounts = Mounts(self._registry, self._context.get_node_id())
+        self.restarted = restart_count(self._context.get_actor_id()) > 0
+
+    def current_actor(self) -> Any:
+        """Give this actor's own handle."""
+        return self._context.current_actor
+
+    def task_id(self) -> Any:
+        """Name the call that this thread or task executes, as the caller's reference does."""
+        return ray._private.worker.global_worker.current_task_id
+
+    def refuse_unwanted_restart(self) -> None:
+        """Let only named instances, and those whose process we replaced, come back.
+
+        An unnamed instance whose process died is lost: its holder is told so and makes another. Ray
+        restarts it nevertheless, since the same actor must come back when a call that could not be
+        interrupted had its process replaced.
+        """
+        if not self.restarted or self._plan.named:
+            return
+        if not self._registry.take_replaced(self._plan.actor_name):
+            raise RemoteFailure(
+                "lost",
+                f"{self._plan.label} lost its process: it was killed, ran out of memory or crashed. "
+                f"What it held in memory is gone. Make another, or use named(…), which comes back.",
+            )
+
+    def prepare(self) -> None:
+        """Set secrets, volumes and files up, in that order, before the class is loaded."""
+        share_class_identities()
+        for name in self._plan.secrets:
+            variables = self._registry.get_secret(name)
+            if variables is None:
+                raise RemoteFailure(
+                    "start",
+                    f"{self._plan.label}: secret {name!r} is not stored on this cluster. Store it "
+                    f"with Secret.create({name!r}, …).",
+                )
+            os.environ.update(variables)
+        for mount in self._plan.mounts:
+            self._mounts.mount(mount)
+        if self._plan.workdir is not None:
+            Path(self._plan.workdir).mkdir(parents=True, exist_ok=True)
+            os.chdir(self._plan.workdir)
+        for remote, digest in self._plan.files:
+            self._unpack(remote, digest)
+
+    def _unpack(self, remote: str, digest: str) -> None:
+        content = self._fetch(digest)
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            is_file = archive.getmembers()[0].isfile()
+            if remote.startswith(_PYTHON_SOURCE):
+                # By content, in the directory that Ray removes with its session.
+                root = session_directory() / "apothic" / "python" / digest[:32]
+                target = root / remote.removeprefix(_PYTHON_SOURCE)
+                sys.path.insert(0, str(root))
+                importlib.invalidate_caches()
+            else:
+                target = Path(remote)
+            if is_file:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source = archive.extractfile(archive.getmembers()[0])
+                assert source is not None  # a regular file
+                target.write_bytes(source.read())
+                target.chmod(archive.getmembers()[0].mode)
+            else:
+                target.mkdir(parents=True, exist_ok=True)
+                archive.extractall(target, filter="data")
+
+    def load(self) -> tuple[type[Any], tuple[Any, ...], dict[str, Any]]:
+        """Unpickle the class, then the constructor's arguments, which may be of its modules."""
+        from apothic.packing import loads
+
+        cls = load_class(self._fetch(self._plan.blob_digest))
+        packed = self._plan.arguments
+        if packed is None:
+            packed = self._fetch(self._registry.arguments_key(self._plan.actor_name))
+        args, kwargs = loads(packed)
+        return cls, args, kwargs
+
+    def _fetch(self, digest: str) -> bytes:
+        content = self._registry.get_blob(digest)
+        if content is None:
+            raise RemoteFailure(
+                "start",
+                f"{self._plan.label}: its code ({digest[:12]}…) is not in the cluster's registry any "
+                f"more: the cluster's GCS was replaced without its state. Deploy the app again.",
+            )
+        return content
+
+    def remove(self) -> None:
+        """Remove this actor for good, so that its name is free."""
+        try:
+            self._registry.forget_lease(self._plan.actor_name)
+            ray.kill(self.current_actor(), no_restart=True)
+        except Exception:
+            os._exit(0)  # the cluster is gone, and with it the name
+
+    def replace(self, task_id: str, timeout_text: str) -> None:
+        """End the process in a way that brings the actor back, and leave word for the caller."""
+        try:
+            if timeout_text:
+                self._registry.put_timeout(task_id, timeout_text)
+            self._registry.mark_replaced(self._plan.actor_name)
+        finally:
+            sys.stderr.flush()
+            os._exit(1)
+
+    def cleanup(self) -> None:
+        """Undo the mounts."""
+        self._mounts.release()

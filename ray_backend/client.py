@@ -1,0 +1,467 @@
+"""`RayClient`: the control plane on Ray. It keeps handles, the registry and leases together."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import ray
+from ray import exceptions as rays
+
+from apothic.backend import ControlPlaneClient, InstanceRef, StartRequest
+from apothic.errors import (
+    AppNotFoundError,
+    BackendError,
+    ConflictError,
+
+
+    InstanceNotFoundError,
+    PlacementTimeoutError,
+
+)
+from apothic.names import actor_name
+from apothic.options import ClassOptions
+from apothic.values import (
+    AppManifest,
+    ClassInstanceHandle,
+    ClassSpec,
+    CloseReport,
+    HookResult,
+    InstanceInfo,
+)
+from apothic.volume import StorageMount, check_same_volume
+from ray_backend import ray_api, volumes
+from ray_backend.actors.loading import share_class_identities
+from ray_backend.connection import ensure_connected
+from ray_backend.instances import RayInstance
+from ray_backend.launch import launch
+from ray_backend.leases import PINNED
+from ray_backend.manager import MANAGER_NAME, NAMESPACE, Manager, instance_names
+from ray_backend.placement.live import explain_on_cluster
+from ray_backend.registry import Registry
+from ray_backend.translate import failure_inside, translate
+
+__all__ = ["RayClient", "connect"]
+
+_T = TypeVar("_T")
+
+PLACEMENT_TIMEOUT_VARIABLE = "APOTHIC_PLACEMENT_TIMEOUT_S"
+PLACEMENT_TIMEOUT_S = 600.0
+"""Seconds that an instance may wait for room before `PlacementTimeoutError`."""
+
+STOPPING_WAIT_S = 60.0
+"""Seconds to wait for a name whose instance is being stopped."""
+
+EXIT_WAIT_S = 60.0
+"""Seconds that the end of a process waits for the exit hooks of what it leased."""
+
+_lock = threading.Lock()
+_client: RayClient | None = None
+
+
+def connect(base_url: str | None) -> RayClient:
+    """Give this process's client, connecting first if need be.
+
+    Raises:
+        ConnectionFailedError: when the cluster cannot be reached.
+        InvalidOptionError: when ``base_url`` is malformed, or another than the connection there is.
+    """
+    global _client
+    with _lock:
+        ensure_connected(base_url)
+        session = ray.get_runtime_context().get_job_id()
+        if _client is None or not _client.is_of(session):
+            _client = RayClient(session)
+        return _client
+
+
+class RayClient(ControlPlaneClient):
+    """A process's connection to Ray: one per process, as Ray has it."""
+
+    def __init__(self, job_id: str) -> None:
+        """Wrap the connection that `ensure_connected` made."""
+        share_class_identities()
+        self._job_id = job_id
+        self._worker = _connection_identity()
+        self._registry = Registry()
+        self._cluster_id = self._registry.cluster_id()
+        self._holder = self._find_holder()
+        self._own_cluster = ray_api.is_own_cluster()
+        self._manager: Any = None
+        self._manager_lock = threading.Lock()
+        self._leased = False
+        self.background = ThreadPoolExecutor(8, thread_name_prefix="apothic-ray")
+        self.is_proxy = ray_api.is_client_mode()
+        if self._holder.startswith("job:"):
+            # Registered after Ray's own, so it runs before: the cluster still answers.
+            atexit.register(self._at_exit)
+
+    def is_of(self, job_id: str) -> bool:
+        """Tell whether this client belongs to the connection that the process has now."""
+        return self._job_id == job_id and self._worker == _connection_identity()
+
+    @staticmethod
+    def _find_holder() -> str:
+        context = ray.get_runtime_context()
+        with contextlib.suppress(Exception):
+            actor_id = context.get_actor_id()
+            if actor_id:
+                return f"actor:{actor_id}"
+        return f"job:{context.get_job_id()}"
+
+    @property
+    def cluster_id(self) -> str:
+        """Name the cluster."""
+        return self._cluster_id
+
+    @property
+    def job_id(self) -> str:
+        """Name this process's Ray job."""
+        return self._job_id
+
+    # -- apps ------------------------------------------------------------------------------------
+
+    def deploy(
+        self, manifest: AppManifest, blobs: Mapping[str, bytes], *, close_outdated: bool
+    ) -> None:
+        """Store the code first, then the manifest: who finds the app finds its code."""
+        digests = []
+        for spec in manifest.classes.values():
+            digests.append(self._store(spec, lambda: blobs))
+        record = {"manifest": manifest.model_dump(mode="json"), "spec_digests": digests}
+        self._registry.put_app(manifest.name, json.dumps(record))
+        if close_outdated:
+            current = set(digests)
+            outdated = [
+                name
+                for name, lease in self._ask(lambda manager: manager.records.remote()).items()
+                if lease.get("app") == manifest.name and lease.get("spec_digest") not in current
+            ]
+            list(self.background.map(self._close_name, outdated))
+
+    def find_app(self, name: str) -> AppManifest:
+        """Read a deployed app's manifest."""
+        found = self._registry.get_app(name)
+        if found is None:
+            known = ", ".join(self.list_apps()) or "none"
+            raise AppNotFoundError(
+                f"no app {name!r} is deployed on this cluster: deployed are {known}. Deploy it with "
+                f"app.deploy(), or check the name."
+            )
+        return AppManifest.model_validate(json.loads(found)["manifest"])
+
+    def list_apps(self) -> list[str]:
+        """Name the deployed apps."""
+        return self._registry.list_apps()
+
+    def find_spec(self, digest: str) -> ClassSpec | None:
+        """Read a class spec."""
+        found = self._registry.get_spec(digest)
+        return None if found is None else ClassSpec.model_validate_json(found)
+
+    def explain(self, spec: ClassSpec) -> str:
+        """Tell where an instance could run."""
+        return explain_on_cluster(ClassOptions.model_validate(spec.options))
+
+    # -- instances -------------------------------------------------------------------------------
+
+    def start(self, request: StartRequest) -> InstanceRef:
+        """Lease first, then make the actor, so that an interrupted creation leaks nothing."""
+        spec = request.spec
+        name = actor_name(spec.app, spec.name, request.instance_id)
+        digest = self._store(spec, request.blobs)
+        holder = PINNED if request.named else self._holder
+        record = {
+            "app": spec.app,
+            "cls": spec.name,
+            "instance_id": request.instance_id,
+            "named": request.named,
+            "spec_digest": digest,
+        }
+        deadline = time.monotonic() + STOPPING_WAIT_S
+        while True:
+            self._leased = True
+            if self._ask(lambda manager: manager.acquire.remote(name, holder, record)):
+                break
+            if time.monotonic() > deadline:
+                raise BackendError(
+                    f"{spec.app}.{spec.name} {request.instance_id!r} is still being stopped after "
+                    f"{STOPPING_WAIT_S:g} s. Try again, or use another id."
+                )
+            time.sleep(0.01)
+        try:
+            actor = launch(self._registry, request, name, digest)
+        except BaseException:
+            if not self._actor_exists(name):
+                self._ask(lambda manager: manager.forget.remote(name))
+            raise
+        handle = ClassInstanceHandle(
+            cluster_id=self._cluster_id,
+            app=spec.app,
+            cls=spec.name,
+            instance_id=request.instance_id,
+            spec_digest=digest,
+            named=request.named,
+        )
+        instance = RayInstance(self, handle, actor, ready=False)
+        instance.request = request
+        return instance
+
+    def attach(self, handle: ClassInstanceHandle) -> InstanceRef:
+        """Reach a live instance."""
+        name = actor_name(handle.app, handle.cls, handle.instance_id)
+        gone = InstanceNotFoundError(
+            f"{handle.app}.{handle.cls} {handle.instance_id!r} does not live: it was closed, or it was "
+            f"lost. Start another."
+        )
+        try:
+            actor = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            raise gone from None
+        lease = self._registry.get_lease(name)
+        if lease is None:
+            raise gone
+        if not lease["named"]:
+            self._leased = True
+            if not self._ask(lambda manager: manager.join.remote(name, self._holder)):
+                raise gone
+        handle = handle.model_copy(
+            update={"spec_digest": lease["spec_digest"], "named": lease["named"]}
+        )
+        return RayInstance(self, handle, actor, ready=False)
+
+    def wait_ready(self, instance: RayInstance) -> None:
+        """Wait for ``enter``; what cannot become ready is removed before the error is raised."""
+        actor = instance.native
+        request: StartRequest | None = instance.request
+        label = instance.label
+        try:
+            if request is None or request.reuse:
+                status = self._get_placed(instance, actor.apothic_status.remote())
+                if request is not None:
+                    self._check_same_arguments(request, status, label)
+                if status["state"] == "ready":
+                    return
+            self._get_placed(instance, actor.apothic_start.remote())
+        except rays.RayError as error:
+            found = translate(error, label)
+            failure = failure_inside(error)
+            started_badly = failure is not None and failure.kind == "start"
+            if started_badly or (request is not None and not request.reuse):
+                self._close_name(self._name(instance.handle), actor._actor_id.hex())
+            raise found from found.__cause__
+        except PlacementTimeoutError:
+            self._close_name(self._name(instance.handle), actor._actor_id.hex())
+            raise
+
+    def _get_placed(self, instance: RayInstance, ref: Any) -> Any:
+        """Get a first reply, but do not wait for ever for room."""
+        limit_s = float(os.environ.get(PLACEMENT_TIMEOUT_VARIABLE, PLACEMENT_TIMEOUT_S))
+        try:
+            return ray.get(ref, timeout=limit_s)
+        except rays.GetTimeoutError:
+            if self.is_proxy:
+                raise
+            actor_id = instance.native._actor_id.hex()
+            if ray_api.actor_record(actor_id).get("State") == "ALIVE":
+                return ray.get(ref)  # it has room and takes its time to enter
+        holders = ", ".join(
+            f"{info.app}.{info.cls} {info.instance_id!r}" for info in self.list_instances()[:10]
+        )
+        raise PlacementTimeoutError(
+            f"{instance.label} found no room within {limit_s:g} s: nodes qualify, but what it needs is "
+            f"taken. Of this package, there live: {holders or 'none'}. Close some, add nodes, ask for "
+            f"less cpu, memory_mb or gpu_count, or raise {PLACEMENT_TIMEOUT_VARIABLE}."
+        )
+
+    def _check_same_arguments(
+        self, request: StartRequest, status: Mapping[str, Any], label: str
+    ) -> None:
+        if request.match_arguments and status["arguments_digest"] != request.arguments_digest:
+            raise ConflictError(
+                f"{label} exists already with other constructor arguments. Leave the arguments out "
+                f"to use it as it is, close it first, or use another id."
+            )
+
+    def inspect_instance(
+        self, handle: ClassInstanceHandle, actor: Any, label: str
+    ) -> InstanceInfo:
+        """Ask an instance how it is."""
+        try:
+            status = ray.get(actor.apothic_status.remote())
+        except rays.RayError as error:
+            raise translate(error, label) from None
+        record = {} if self.is_proxy else ray_api.actor_record(actor._actor_id.hex())
+        spec = self.find_spec(status["spec_digest"])
+        return InstanceInfo(
+            app=handle.app,
+            cls=handle.cls,
+            instance_id=handle.instance_id,
+            named=handle.named,
+            state=status["state"],
+            spec_digest=status["spec_digest"],
+            tags=spec.tags if spec else (),
+            metadata=spec.metadata if spec else {},
+            pid=status["pid"],
+            node_id=record.get("Address", {}).get("NodeID"),
+            running_calls=status["running"],
+            finished_calls=status["finished"],
+            restarts=record.get("NumRestarts", 0),
+            started_unix_s=status["started_unix_s"],
+            arguments_digest=status["arguments_digest"],
+        )
+
+    def close_instance(self, instance: RayInstance) -> CloseReport:
+        """Stop an instance."""
+        return self._close_name(self._name(instance.handle), instance.native._actor_id.hex())
+
+    def release(self, instance: RayInstance) -> None:
+        """Give up this process's lease on an instance."""
+        name = self._name(instance.handle)
+        self._ask(lambda manager: manager.release.remote(name, self._holder))
+
+    def list_instances(self, app: str | None = None, cls: str | None = None) -> list[InstanceInfo]:
+        """List live instances from their leases, asking none of them."""
+        records = self._ask(lambda manager: manager.records.remote())
+        alive = set(instance_names())
+        return [
+            InstanceInfo(
+                app=lease["app"],
+                cls=lease["cls"],
+                instance_id=lease["instance_id"],
+                named=lease["named"],
+                state="ready",
+                spec_digest=lease["spec_digest"],
+            )
+            for name, lease in sorted(records.items())
+            if name in alive and app in (None, lease["app"]) and cls in (None, lease["cls"])
+        ]
+
+    def take_timeout(self, task_id: str) -> str | None:
+        """Read what a replaced process left for a call."""
+        return self._registry.take_timeout(task_id)
+
+    # -- secrets and volumes ---------------------------------------------------------------------
+
+    def put_secret(self, name: str, variables: Mapping[str, str], *, overwrite: bool) -> bool:
+        """Store a secret in the registry."""
+        return self._registry.put_secret(name, variables, overwrite=overwrite)
+
+    def list_secrets(self) -> list[str]:
+        """Name the stored secrets."""
+        return self._registry.list_secrets()
+
+    def delete_secret(self, name: str) -> bool:
+        """Remove a secret."""
+        return self._registry.delete_secret(name)
+
+    def ensure_volume(self, volume: StorageMount) -> None:
+        """Record a volume, or check that the recorded one is the same."""
+        volumes.ensure(self._registry, volume)
+
+    def list_volumes(self) -> list[StorageMount]:
+        """List recorded volumes."""
+        return volumes.list_all(self._registry)
+
+    def delete_volume(self, name: str) -> bool:
+        """Remove a volume and its files."""
+        return volumes.delete(self._registry, name)
+
+    # -- end -------------------------------------------------------------------------------------
+
+    def disconnect(self) -> None:
+        """Close what this process leased, then end the connection."""
+        atexit.unregister(self._at_exit)
+        self._at_exit()
+        ray.shutdown()
+
+    def _at_exit(self) -> None:
+        """Close at once what only this process kept; on a cluster of its own, everything."""
+        if not ray.is_initialized() or not self.is_of(ray.get_runtime_context().get_job_id()):
+            return
+        with contextlib.suppress(Exception):
+            if self._own_cluster:
+                if self._leased or instance_names():
+                    ray.get(self._manager_actor().stop_all.remote(), timeout=EXIT_WAIT_S)
+            elif self._leased:
+                ray.get(
+                    self._manager_actor().release_all.remote(self._holder), timeout=EXIT_WAIT_S
+                )
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _name(handle: ClassInstanceHandle) -> str:
+        return actor_name(handle.app, handle.cls, handle.instance_id)
+
+    @staticmethod
+    def _actor_exists(name: str) -> bool:
+        try:
+            ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            return False
+        return True
+
+    def _store(self, spec: ClassSpec, blobs: Callable[[], Mapping[str, bytes]]) -> str:
+        digest = spec.digest
+        if self._registry.get_spec(digest) is None:
+            for key, content in blobs().items():
+                self._registry.put_blob(key, content)
+            self._registry.put_spec(digest, spec.model_dump_json())
+        return digest
+
+    def _close_name(self, name: str, actor_id: str | None = None) -> CloseReport:
+        report = self._ask(lambda manager: manager.close.remote(name, actor_id))
+        return CloseReport(
+            closed=report["closed"],
+            hooks=tuple(HookResult(**hook) for hook in report["hooks"]),
+            interrupted_calls=report["interrupted_calls"],
+            note=report["note"],
+        )
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        """Ask the manager; one that was killed is asked again when it is back."""
+        for attempt in range(3):
+            try:
+                return ray.get(question(self._manager_actor()))
+            except rays.RayActorError as error:
+                with self._manager_lock:
+                    self._manager = None
+                if attempt == 2:
+                    raise BackendError(
+                        f"the manager {MANAGER_NAME} does not answer: {error}. See its log in Ray's "
+                        f"session directory."
+                    ) from error
+        raise AssertionError("unreachable")
+
+    def _manager_actor(self) -> Any:
+        with self._manager_lock:
+            if self._manager is None:
+                self._manager = (
+                    ray.remote(Manager)
+                    .options(
+                        name=MANAGER_NAME,
+                        namespace=NAMESPACE,
+                        lifetime="detached",
+                        get_if_exists=True,
+                        num_cpus=0,
+                        max_restarts=-1,
+                        max_task_retries=-1,
+                        max_concurrency=64,
+                    )
+                    .remote()
+                )
+            return self._manager
+
+
+def _connection_identity() -> str:
+    return str(ray.get_runtime_context().get_worker_id())
+
+

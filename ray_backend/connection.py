@@ -1,0 +1,182 @@
+"""Which Ray a process connects to, and what to say when it cannot."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from apothic.errors import (
+    AuthenticationError,
+    ConnectionFailedError,
+    InvalidOptionError,
+    VersionMismatchError,
+)
+from ray_backend import ray_api
+from ray_backend.manager import NAMESPACE
+
+__all__ = ["ORPHAN_CHECK_MS", "ensure_connected"]
+
+ORPHAN_CHECK_MS = 5000
+"""How often workers of a cluster that we start look for their raylet. Ray's default of a second would
+end them while their exit hooks run, when the process that started the cluster was killed."""
+
+_CLIENT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Where:
+    """A wanted cluster: an address for ``ray.init``, or None for one of our own."""
+
+    address: str | None
+    said_by: str
+
+
+def ensure_connected(base_url: str | None) -> None:
+    """Connect this process to Ray, unless it is.
+
+    In order: a Ray that this process has initialised; ``base_url`` (``ray://host:port``,
+    ``host:port``, ``auto``, ``local``); ``RAY_ADDRESS``; a Ray started here, which ends with the
+    process, and of which one line on standard error tells.
+
+    Raises:
+        InvalidOptionError: when ``base_url`` is malformed, or differs from the connection there is.
+        ConnectionFailedError: when the cluster cannot be reached.
+        AuthenticationError: when it refuses the token, or this process has none.
+        VersionMismatchError: when it runs another Ray or Python version.
+    """
+    where = _wanted(base_url)
+    if ray.is_initialized():
+        _check_same(base_url)
+        return
+    if where.address is None:
+        _start_here()
+        return
+    if not where.address.startswith("ray://") and where.address != "auto":
+        _check_listening(where)
+    try:
+        ray.init(address=where.address, namespace=NAMESPACE, log_to_driver=True)
+    except Exception as error:
+        raise _translated(error, where) from error
+
+
+
+def _wanted(base_url: str | None) -> _Where:
+    if base_url is None:
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            return _Where(address, "RAY_ADDRESS")
+        return _Where(None, "default")
+    if base_url == "local":
+        return _Where(None, "base_url")
+    if base_url != "auto":
+        rest = base_url.removeprefix("ray://")
+        host, colon, port = rest.rpartition(":")
+        if not colon or not host or not port.isdigit() or "://" in rest:
+            raise InvalidOptionError(
+                f"base_url={base_url!r} is not valid: it takes 'ray://host:10001' (Ray Client), "
+                f"'host:6379' (a node of the cluster), 'auto' (the cluster on this machine) or "
+                f"'local' (one started here)."
+            )
+    return _Where(base_url, "base_url")
+
+
+def _check_same(base_url: str | None) -> None:
+    """Refuse a second cluster: Ray has one connection per process."""
+    if base_url is None or base_url == "auto":
+        return
+    if base_url == "local" and ray_api.is_own_cluster():
+        return
+    if ray_api.is_client_mode():
+        current = "a ray:// proxy"
+        if base_url.startswith("ray://"):
+            return
+    else:
+        current = ray.get_runtime_context().gcs_address
+        host, _, port = base_url.rpartition(":")
+        current_host, _, current_port = current.rpartition(":")
+        if port == current_port and _same_host(host, current_host):
+            return
+    raise InvalidOptionError(
+        f"base_url={base_url!r}, but this process is connected to Ray at {current} already, and Ray "
+        f"has one connection per process. Leave base_url out, or call ray.shutdown() first."
+    )
+
+
+def _same_host(one: str, other: str) -> bool:
+    try:
+        return socket.gethostbyname(one) == socket.gethostbyname(other) or one in (
+            "localhost",
+            "127.0.0.1",
+        )
+    except OSError:
+        return False
+
+
+def _start_here() -> None:
+    print(
+        "apothic: no Ray cluster was named (base_url, RAY_ADDRESS): starting one in this process; it "
+        "ends with it.",
+        file=sys.stderr,
+    )
+    options: dict[str, Any] = {
+        "namespace": NAMESPACE,
+        "include_dashboard": False,
+        "log_to_driver": True,
+        "_system_config": {"raylet_death_check_interval_milliseconds": ORPHAN_CHECK_MS},
+    }
+    # RAY_ADDRESS may be set for others: "local" makes ray.init start a new cluster regardless.
+    ray.init(address="local", **options)
+
+
+def _check_listening(where: _Where) -> None:
+    """Fail at once where nothing listens: Ray itself would try for a minute and more."""
+    assert where.address is not None
+    host, _, port = where.address.rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CLIENT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionFailedError(
+            f"no Ray cluster answers at {where.address} (from {where.said_by}): {error}. Start one "
+            f"there with `ray start --head`, correct the address, or use base_url='local'."
+        ) from None
+
+
+def _translated(error: Exception, where: _Where) -> ConnectionFailedError:
+    text = f"{type(error).__name__}: {error}".strip()
+    low = text.lower()
+    source = f"{where.address} (from {where.said_by})"
+    if "authentication" in low or "unauthenticated" in low or "auth token" in low or "token" in low:
+        return AuthenticationError(
+            f"the Ray cluster at {source} wants another token than this process has. Set "
+            f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file (on the head: "
+            f"~/.ray/auth_token). Ray says: {text[:300]}"
+        )
+    if "version mismatch" in low or "different versions" in low or "version" in low and "ray" in low:
+        return VersionMismatchError(
+            f"the Ray cluster at {source} runs other versions than this process (Ray "
+            f"{ray.__version__}, Python {sys.version.split()[0]}). Use the cluster's versions. Ray "
+            f"says: {text[:400]}"
+        )
+    if "could not find any running ray" in low:
+        return ConnectionFailedError(
+            f"no Ray cluster runs on this machine, which {source} asks for. Start one with `ray start "
+            f"--head`, or use base_url='local'."
+        )
+    hint = ""
+    if isinstance(error, ConnectionError):
+        # A cluster with token authentication refuses a process without one in no more words.
+        hint = (
+            " If the cluster uses token authentication, set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH here."
+        )
+    return ConnectionFailedError(
+        f"the Ray cluster at {source} cannot be reached. Check the address and that its ports are "
+        f"open.{hint} Ray says: {text[:400]}"
+    )

@@ -1,0 +1,197 @@
+"""What a class's `Image` becomes on Ray: a ``runtime_env``, files, or a container."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from apothic.errors import EnvironmentSetupError
+from apothic.image import Image
+
+__all__ = ["Environment", "compile_image"]
+
+_INSTALLERS = {"pip": "pip", "uv": "uv"}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What an actor needs besides its class.
+
+    Attributes:
+        runtime_env: for Ray; None where the job's own is enough.
+        files: pairs of where they appear and the digest of a tar archive in the registry.
+        workdir: the working directory, or None.
+    """
+
+    runtime_env: dict[str, Any] | None = None
+    files: tuple[tuple[str, str], ...] = ()
+    workdir: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+def compile_image(
+    image: Image | None,
+    *,
+    missing: Callable[[Sequence[str]], list[str]] | None = None,
+    build: Callable[[str], str] | None = None,
+) -> Environment:
+    """Turn a recipe into what Ray needs.
+
+    Args:
+        image: the recipe, its files packed.
+        missing: gives those requirements that the nodes' environment does not satisfy.
+        build: builds a Dockerfile on the nodes and gives the image's reference.
+
+    Raises:
+        EnvironmentSetupError: when a node lacks what a container needs.
+    """
+    if image is None:
+        return Environment()
+    missing = missing or missing_on_node
+    build = build or build_on_node
+    env: dict[str, str] = {}
+    packages: dict[str, list[str]] = {"pip": [], "uv": []}
+    files: list[tuple[str, str]] = []
+    workdir: str | None = None
+    for step in image.steps:
+        if step.kind == "env":
+            env.update(step.variables)
+        elif step.kind in packages:
+            packages[step.kind].extend(step.values)
+        elif step.kind == "workdir":
+            workdir = step.values[0]
+        elif step.kind == "add" and step.remote is not None and step.digest is not None:
+            files.append((step.remote, step.digest))
+    runtime_env: dict[str, Any] = {}
+    if env:
+        runtime_env["env_vars"] = env
+    if image.needs_container:
+        runtime_env["image_uri"] = image.base if image.prebuilt else build(dockerfile_of(image))
+    else:
+        for kind, wanted in packages.items():
+            lacking = missing(wanted) if wanted else []
+            if lacking:
+                runtime_env[_INSTALLERS[kind]] = lacking
+        if len(runtime_env.keys() & _INSTALLERS.keys()) == 2:
+            # Ray takes one installer per environment; both read the same requirements.
+            runtime_env["uv"] = [*runtime_env.pop("pip"), *runtime_env["uv"]]
+    return Environment(runtime_env or None, tuple(files), workdir)
+
+
+def dockerfile_of(image: Image) -> str:
+    """Write a recipe's container steps as a Dockerfile; files and variables are set at run time."""
+    version = image.python_version or "3.11"
+    lines = [f"FROM {image.base or f'python:{version}-slim'}"]
+    for step in image.steps:
+        if step.kind == "apt":
+            names = " ".join(step.values)
+            lines.append(
+                f"RUN apt-get update && apt-get install -y --no-install-recommends {names} "
+                f"&& rm -rf /var/lib/apt/lists/*"
+            )
+        elif step.kind == "run":
+            lines.extend(f"RUN {command}" for command in step.values)
+        elif step.kind == "shell":
+            words = ", ".join(f'"{word}"' for word in step.values[0].split())
+            lines.append(f"SHELL [{words}]")
+        elif step.kind == "pip":
+            lines.append("RUN pip install --no-cache-dir " + " ".join(map(_quoted, step.values)))
+        elif step.kind == "uv":
+            lines.append("RUN pip install --no-cache-dir uv && uv pip install --system "
+                         + " ".join(map(_quoted, step.values)))  # fmt: skip
+        elif step.kind == "dockerfile":
+            lines.extend(step.values)
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(word: str) -> str:
+    import shlex
+
+    return shlex.quote(word)
+
+
+def missing_on_node(requirements: Sequence[str]) -> list[str]:
+    """Ask a node of the cluster which requirements its environment does not satisfy."""
+    try:
+        found: list[str] = ray.get(_probe.remote(list(requirements)), timeout=120)
+    except ray.exceptions.RayError as error:
+        raise EnvironmentSetupError(
+            f"no node could be asked which packages it has: {error}. Check `ray status`."
+        ) from None
+    return found
+
+
+def build_on_node(dockerfile: str) -> str:
+    """Build an image with podman on a node, once per node; Ray runs containers with it."""
+    tag = "localhost/apothic:" + hashlib.sha256(dockerfile.encode()).hexdigest()[:32]
+    problem = ray.get(_podman_build.remote(dockerfile, tag))
+    if problem is not None:
+        raise EnvironmentSetupError(problem)
+    return tag
+
+
+def _missing(requirements: list[str]) -> list[str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    lacking = []
+    for text in requirements:
+        try:
+            wanted = Requirement(text)
+            satisfied = wanted.url is None and wanted.specifier.contains(
+                version(wanted.name), prereleases=True
+            )
+            if wanted.marker is not None and not wanted.marker.evaluate():
+                satisfied = True
+        except (InvalidRequirement, PackageNotFoundError):
+            satisfied = False
+        if not satisfied:
+            lacking.append(text)
+    return lacking
+
+
+def _build(dockerfile: str, tag: str) -> str | None:
+    """Build unless present; give what is wrong, or None."""
+    import shutil
+    import socket
+    import subprocess
+
+    node = socket.gethostname()
+    if shutil.which("podman") is None:
+        return (
+            f"node {node} has no podman, with which Ray runs containers: a class whose image has "
+            f"apt_install, run_commands, from_registry or from_dockerfile needs it there. Install "
+            f"podman on the nodes (apt-get install podman), or use pip_install and add_local_… "
+            f"only, which need no container."
+        )
+    if subprocess.run(["podman", "image", "exists", tag], check=False).returncode == 0:
+        return None
+    built = subprocess.run(
+        ["podman", "build", "-t", tag, "-f", "-", "."],
+        input=dockerfile,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    if built.returncode == 0:
+        return None
+    return f"node {node} could not build the image:\n{(built.stdout + built.stderr)[-2000:]}"
+
+
+class _LateTask:
+    """A Ray task that is made when it is first used: decorating needs no connection, but exports."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def remote(self, *args: Any) -> Any:
+        return ray.remote(num_cpus=0, max_retries=3)(self._function).remote(*args)
+
+
+_probe = _LateTask(_missing)
+_podman_build = _LateTask(_build)

@@ -1,0 +1,312 @@
+"""`RayInstance`, `RayCall`, `RayStream`: the seam's references, over actor handles and ObjectRefs."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import ray
+from ray import exceptions as rays
+
+from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest
+from apothic.errors import SerializationError, UsageError
+from apothic.values import ClassInstanceHandle, CloseReport, InstanceInfo, MethodInfo
+from ray_backend.actors.compile import actor_method_name
+from ray_backend.actors.host import TIMEOUT_KEY
+from ray_backend.translate import translate, was_never_sent
+
+if TYPE_CHECKING:
+    from ray_backend.client import RayClient
+
+__all__ = ["RayCall", "RayInstance", "RayStream"]
+
+STREAM_AHEAD = 16
+"""Items that a generator may be ahead of its consumer, so that neither waits nor memory grows."""
+
+RESTART_S = 60.0
+"""Seconds to wait for a named instance to come back before a call that never reached it fails."""
+
+_RETRY_STEP_S = 0.05
+
+
+class RayInstance(InstanceRef):
+    """A live instance: its actor, and how to call it."""
+
+    def __init__(
+        self, client: RayClient, handle: ClassInstanceHandle, actor: Any, ready: bool
+    ) -> None:
+        """Wrap an actor handle; ``ready`` says that its ``enter`` is known to have finished."""
+        self._client = client
+        self._handle = handle
+        self._actor = actor
+        self._ready = ready
+        self.request: StartRequest | None = None
+        self.label = f"{handle.app}.{handle.cls} {handle.instance_id!r}"
+        self._submitters: dict[str, Callable[..., Any]] = {}
+
+    @property
+    def handle(self) -> ClassInstanceHandle:
+        """Where it is."""
+        return self._handle
+
+    @property
+    def native(self) -> Any:
+        """The Ray actor handle."""
+        return self._actor
+
+    def submit(
+        self,
+        method: MethodInfo,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout_s: float | None,
+    ) -> CallRef:
+        """Submit a call; arguments go to Ray natively, so that large arrays are not copied."""
+        if timeout_s is not None:
+            kwargs = {**kwargs, TIMEOUT_KEY: timeout_s}
+        submitter = self._submitters.get(method.name)
+        if submitter is None:
+            submitter = getattr(self._actor, actor_method_name(method.name)).remote
+            self._submitters[method.name] = submitter
+        try:
+            return RayCall(self, submitter(*args, **kwargs), submitter, args, kwargs)
+        except (TypeError, pickle.PicklingError, AttributeError) as error:
+            raise self._unserializable(method, args, kwargs, error) from error
+
+    def _unserializable(
+        self, method: MethodInfo, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+    ) -> Exception:
+        for name, value in [*((f"#{i}", a) for i, a in enumerate(args, 1)), *kwargs.items()]:
+            try:
+                ray.cloudpickle.dumps(value)
+            except Exception as reason:
+                return SerializationError(
+                    f"{self.label}.{method.name}: argument {name} of type "
+                    f"{type(value).__qualname__} cannot travel: {reason}. Pass plain data, or make "
+                    f"it where it is used."
+                )
+        return error
+
+    def stream(
+        self,
+        method: MethodInfo,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout_s: float | None,
+    ) -> ItemStream:
+        """Start a generator call, which stays at most `STREAM_AHEAD` items ahead."""
+        if self._client.is_proxy:
+            raise UsageError(
+                f"{self.label}.{method.name}: generators cannot stream through a ray:// connection, "
+                f"which Ray does not support. Run the program on the cluster with `ray job submit`, "
+                f"or collect the items in a plain method."
+            )
+        if timeout_s is not None:
+            kwargs = {**kwargs, TIMEOUT_KEY: timeout_s}
+        key = f"{method.name}()"
+        submitter = self._submitters.get(key)
+        if submitter is None:
+            actor_method = getattr(self._actor, actor_method_name(method.name))
+            submitter = actor_method.options(
+                num_returns="streaming", _generator_backpressure_num_objects=STREAM_AHEAD
+            ).remote
+            self._submitters[key] = submitter
+        try:
+            return RayStream(self, submitter(*args, **kwargs))
+        except (TypeError, pickle.PicklingError, AttributeError) as error:
+            raise self._unserializable(method, args, kwargs, error) from error
+
+    def wait_ready(self) -> None:
+        """Wait for ``enter``; a failure is raised here, and nothing is left behind."""
+        if not self._ready:
+            self._client.wait_ready(self)
+            self._ready = True
+
+    def inspect(self) -> InstanceInfo:
+        """Ask the instance itself, through its control group."""
+        return self._client.inspect_instance(self._handle, self._actor, self.label)
+
+    def close(self) -> CloseReport:
+        """Stop it through the manager, which sees to it even if this process ends meanwhile."""
+        return self._client.close_instance(self)
+
+    def release(self) -> None:
+        """Give up this process's lease."""
+        self._client.release(self)
+
+    def cancel(self, task_id: str) -> None:
+        """Stop a call that waits or runs."""
+        with contextlib.suppress(rays.RayError):
+            self._actor.apothic_cancel.remote(task_id)
+
+    def error_of(
+        self, error: BaseException, ref: Any, timeout_s: float | None = None
+    ) -> BaseException:
+        """Translate what a call raised."""
+        return translate(
+            error, self.label, lambda: self._client.take_timeout(ref.task_id().hex()), timeout_s
+        )
+
+    def wait_for_restart(self) -> None:
+        """Wait until an instance that is coming back answers again."""
+        try:
+            ray.get(self._actor.apothic_status.remote(), timeout=RESTART_S)
+        except rays.RayError as error:
+            if not isinstance(error, rays.ActorUnavailableError):
+                raise
+
+
+class RayCall(CallRef):
+    """One call: an ObjectRef, and what it takes to send it again if it never reached the actor."""
+
+    __slots__ = ("_args", "_instance", "_kwargs", "_ref", "_submitter")
+
+    def __init__(
+        self,
+        instance: RayInstance,
+        ref: Any,
+        submitter: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Wrap a submitted call."""
+        self._instance = instance
+        self._ref = ref
+        self._submitter = submitter
+        # Kept only where they may be needed again: they can be large.
+        again = instance.handle.named
+        self._args: tuple[Any, ...] | None = args if again else None
+        self._kwargs: dict[str, Any] | None = kwargs if again else None
+
+    def result(self, timeout_s: float | None = None) -> Any:
+        """Wait for the value."""
+        try:
+            return ray.get(self._ref, timeout=timeout_s)
+        except rays.RayError as error:
+            if self._args is not None and was_never_sent(error):
+                return self._send_again(time.monotonic() + RESTART_S, timeout_s)
+            self._raise(error, timeout_s)
+
+    def _raise(self, error: BaseException, timeout_s: float | None) -> NoReturn:
+        found = self._instance.error_of(error, self._ref, timeout_s)
+        raise found from found.__cause__  # keeps the remote traceback, drops Ray's own frames
+
+    def _send_again(self, deadline: float, timeout_s: float | None) -> Any:
+        """Send a call again that found its instance between two processes."""
+        while True:
+            try:
+                self._instance.wait_for_restart()
+                assert self._args is not None and self._kwargs is not None
+                self._ref = self._submitter(*self._args, **self._kwargs)
+                return ray.get(self._ref, timeout=timeout_s)
+            except rays.RayError as error:
+                if not was_never_sent(error) or time.monotonic() > deadline:
+                    self._raise(error, timeout_s)
+                time.sleep(_RETRY_STEP_S)
+
+    def future(self) -> Future[Any]:
+        """Give a future of the value, its error translated."""
+        future: Future[Any] = Future()
+
+        def finish(raw: Future[Any]) -> None:
+            error = raw.exception()
+            if error is None:
+                _set(future, raw.result(), None)
+            else:
+                # Ray calls this on the thread that its replies come on; asking the registry or
+                # sending again from there would wait for itself.
+                self._instance._client.background.submit(self._finish_error, future, error)
+
+        self._ref.future().add_done_callback(finish)
+        return future
+
+    def _finish_error(self, future: Future[Any], error: BaseException) -> None:
+        try:
+            if self._args is not None and was_never_sent(error):
+                _set(future, self._send_again(time.monotonic() + RESTART_S, None), None)
+                return
+            _set(future, None, self._instance.error_of(error, self._ref))
+        except BaseException as other:
+            _set(future, None, other)
+
+    def done(self) -> bool:
+        """Tell whether the value or the error is there."""
+        return self.finished([self])[0]
+
+    @classmethod
+    def finished(cls, calls: Sequence[CallRef]) -> list[bool]:
+        """Look at all calls in one request."""
+        refs = [call.native for call in calls]
+        unique = list(dict.fromkeys(refs))
+        ready, _ = ray.wait(unique, num_returns=len(unique), timeout=0, fetch_local=False)
+        found = set(ready)
+        return [ref in found for ref in refs]
+
+    def cancel(self) -> None:
+        """Stop the call wherever it is."""
+        if not self.done():
+            self._instance.cancel(self._ref.task_id().hex())
+
+    @property
+    def native(self) -> Any:
+        """The ``ray.ObjectRef``."""
+        return self._ref
+
+
+def _set(future: Future[Any], value: Any, error: BaseException | None) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)
+
+
+class RayStream(ItemStream):
+    """The items of a streaming generator call."""
+
+    def __init__(self, instance: RayInstance, generator: Any) -> None:
+        """Wrap a ``ray.ObjectRefGenerator``."""
+        self._instance = instance
+        self._generator = generator
+        self._open = True
+
+    def next_item(self) -> Any:
+        """Wait for the next item."""
+        try:
+            return ray.get(next(self._generator))
+        except StopIteration:
+            self._open = False
+            raise
+        except rays.RayError as error:
+            self._open = False
+            found = self._error(error)
+            raise found from found.__cause__
+
+    async def anext_item(self) -> Any:
+        """Await the next item."""
+        try:
+            return await (await self._generator.__anext__())
+        except StopAsyncIteration:
+            self._open = False
+            raise
+        except rays.RayError as error:
+            self._open = False
+            found = self._error(error)
+            raise found from found.__cause__
+
+    def _error(self, error: rays.RayError) -> BaseException:
+        return self._instance.error_of(error, self._generator._generator_ref)
+
+    def close(self) -> None:
+        """Stop the producer, also one that waits for its consumer; Ray does not do so by itself."""
+        if not self._open:
+            return
+        self._open = False
+        with contextlib.suppress(Exception):
+            self._instance.cancel(self._generator._generator_ref.task_id().hex())
+            ray.cancel(self._generator)

@@ -1,0 +1,109 @@
+"""Launch an instance: its plan, its placement and its options, as one detached named actor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from apothic.backend import StartRequest
+from apothic.options import ClassOptions
+from apothic.values import ClassSpec
+from apothic.volume import StorageMount
+from ray_backend import volumes
+from ray_backend.actors.compile import CONTROL_GROUP, CONTROL_THREADS, compile_actor
+from ray_backend.actors.host import InstancePlan
+from ray_backend.environments import Environment, compile_image
+from ray_backend.manager import NAMESPACE
+from ray_backend.placement.live import place_on_cluster
+from ray_backend.registry import Registry
+
+__all__ = ["launch"]
+
+INLINE_BYTES = 64 * 1024
+"""Constructor arguments up to this size go with the actor; Ray keeps larger ones in the creator's
+memory, and a restart after the creator's end would fail for ever. They go to the registry."""
+
+_compiled: dict[str, Any] = {}
+_environments: dict[str, Environment] = {}
+
+
+def launch(registry: Registry, request: StartRequest, name: str, spec_digest: str) -> Any:
+    """Make the actor, or give the one of this name when the request reuses it.
+
+    Raises:
+        NoMatchingOfferError: when no node can ever run it.
+        EnvironmentSetupError: when no node can make its image.
+        ConflictError: when a volume exists with another backend or size.
+    """
+    spec = request.spec
+    options = ClassOptions.model_validate(spec.options)
+    environment = _environments.get(spec_digest)
+    if environment is None:
+        environment = _environments[spec_digest] = compile_image(options.image)
+    nodes = set()
+    for mount in options.mounts:
+        volume = StorageMount(
+            mount.volume, mount.backend, mount.size_gb, mount.path, mount.create_if_missing
+        )
+        node = volumes.prepare(registry, volume)
+        if node is not None:
+            nodes.add(node)
+    plan = make_plan(request, name, spec_digest, options, environment)
+    if plan.arguments is None:
+        registry.put_blob(registry.arguments_key(name), request.arguments)
+    ray_options: dict[str, Any] = {
+        **place_on_cluster(options, tied_to=sorted(nodes)),
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": request.reuse,
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "max_concurrency": options.concurrent_requests,
+    }
+    if environment.runtime_env is not None:
+        ray_options["runtime_env"] = environment.runtime_env
+    return _actor_class(spec, spec_digest, plan).options(**ray_options).remote(plan)
+
+
+def _actor_class(spec: ClassSpec, spec_digest: str, plan: InstancePlan) -> Any:
+    """Give the actor class of a spec; compiled and exported once per job."""
+    key = f"{ray.get_runtime_context().get_job_id()}/{spec_digest}"
+    if key not in _compiled:
+        _compiled[key] = ray.remote(concurrency_groups={CONTROL_GROUP: CONTROL_THREADS})(
+            compile_actor(plan)
+        )
+    return _compiled[key]
+
+
+def make_plan(
+    request: StartRequest,
+    name: str,
+    spec_digest: str,
+    options: ClassOptions,
+    environment: Environment,
+) -> InstancePlan:
+    """Write down what the worker must know."""
+    spec = request.spec
+    inline = len(request.arguments) <= INLINE_BYTES
+    return InstancePlan(
+        app=spec.app,
+        cls=spec.name,
+        instance_id=request.instance_id,
+        actor_name=name,
+        named=request.named,
+        spec_digest=spec_digest,
+        blob_digest=spec.blob_digest,
+        methods=tuple((method.name, method.kind) for method in spec.methods),
+        enter_hooks=spec.enter_hooks,
+        exit_hooks=spec.exit_hooks,
+        arguments=request.arguments if inline else None,
+        arguments_digest=request.arguments_digest,
+        timeout_s=options.timeout_s,
+        concurrency=options.concurrent_requests,
+        secrets=options.secrets,
+        mounts=tuple(mount.model_dump() for mount in options.mounts),
+        files=environment.files,
+        workdir=environment.workdir,
+    )

@@ -1,0 +1,176 @@
+"""`LeaseBook`: who keeps which instance alive; plain, with its surroundings handed in.
+
+An instance is leased to holders: jobs (``job:<id>``), actors (``actor:<id>``), or ``pinned`` for a named
+one, which lives until it is closed. It ends when its last holder has gone. Every change is written
+through to the store first, so that a manager that was killed comes back where it was.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+__all__ = ["PINNED", "LeaseBook", "LeaseStore", "Surroundings"]
+
+PINNED = "pinned"
+CREATION_GRACE_S = 20.0
+"""Seconds that a lease may stand without its actor: creating one takes a moment."""
+
+ORPHAN_SIGHTINGS = 3
+"""Sweeps in a row that must see an actor without a lease before it counts as an orphan."""
+
+
+class LeaseStore(Protocol):
+    """Where leases are kept."""
+
+    def put_lease(self, actor_name: str, record: dict[str, Any]) -> None: ...
+    def get_lease(self, actor_name: str) -> dict[str, Any] | None: ...
+    def list_leases(self) -> list[str]: ...
+    def forget_lease(self, actor_name: str) -> None: ...
+
+
+class Surroundings(Protocol):
+    """What the book sees and does outside."""
+
+    def live_jobs(self) -> set[str]: ...
+    def actor_is_alive(self, actor_id: str) -> bool: ...
+    def instance_names(self) -> Iterable[str]: ...
+    def stop(self, actor_name: str) -> None: ...
+
+
+class LeaseBook:
+    """Leases by actor name."""
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        surroundings: Surroundings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Load what the store has."""
+        self._store = store
+        self._outside = surroundings
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._leases: dict[str, dict[str, Any]] = {}
+        self._seen: dict[str, float] = {}
+        self._orphans: dict[str, int] = {}
+        self._stopping: set[str] = set()
+        for name in store.list_leases():
+            record = store.get_lease(name)
+            if record is not None:
+                self._leases[name] = record
+                self._seen[name] = clock()
+
+    def acquire(self, name: str, holder: str, record: dict[str, Any]) -> bool:
+        """Add a holder; the first one writes ``record``. False while the instance is stopping."""
+        with self._lock:
+            if name in self._stopping:
+                return False
+            lease = self._leases.get(name) or {**record, "holders": []}
+            if holder not in lease["holders"] or name not in self._leases:
+                lease = {**lease, "holders": [*lease["holders"], holder]}
+                self._store.put_lease(name, lease)
+                self._leases[name] = lease
+            self._seen[name] = self._clock()
+            return True
+
+    def join(self, name: str, holder: str) -> bool:
+        """Add a holder to a lease that exists; False when there is none, or it is stopping."""
+        with self._lock:
+            if name in self._stopping or name not in self._leases:
+                return False
+            lease = self._leases[name]
+            if PINNED not in lease["holders"] and holder not in lease["holders"]:
+                lease = {**lease, "holders": [*lease["holders"], holder]}
+                self._store.put_lease(name, lease)
+                self._leases[name] = lease
+            return True
+
+    def release(self, name: str, holder: str) -> bool:
+        """Take a holder away; True when nobody is left and the instance is now stopping."""
+        with self._lock:
+            lease = self._leases.get(name)
+            if lease is None or holder not in lease["holders"]:
+                return False
+            lease = {**lease, "holders": [h for h in lease["holders"] if h != holder]}
+            self._leases[name] = lease
+            if lease["holders"]:
+                self._store.put_lease(name, lease)
+                return False
+            # The stored lease keeps its last holder until the stop is done: a manager that is killed
+            # meanwhile finds it held by the dead or gone and stops it again.
+            self._stopping.add(name)
+            return True
+
+    def begin_stop(self, name: str) -> None:
+        """Note that an instance is being stopped, so that nobody joins it."""
+        with self._lock:
+            self._stopping.add(name)
+
+    def forget(self, name: str) -> None:
+        """Drop the lease of an instance that is gone."""
+        with self._lock:
+            self._leases.pop(name, None)
+            self._seen.pop(name, None)
+            self._orphans.pop(name, None)
+            self._stopping.discard(name)
+            self._store.forget_lease(name)
+
+    def held_by(self, holder: str) -> list[str]:
+        """Name the instances that a holder keeps alive, alone or with others."""
+        with self._lock:
+            return [name for name, lease in self._leases.items() if holder in lease["holders"]]
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Give all leases."""
+        with self._lock:
+            return dict(self._leases)
+
+    def sweep(self) -> list[str]:
+        """Drop holders that are gone; name the instances to stop now, each once.
+
+        These are the instances without a holder left, and actors of ours that have no lease, seen
+        in several sweeps. Leases whose actor never came or has gone are dropped.
+        """
+        jobs = self._outside.live_jobs()
+        names = set(self._outside.instance_names())
+        with self._lock:
+            known = {name: list(lease["holders"]) for name, lease in self._leases.items()}
+        due: list[str] = []
+        for name, holders in known.items():
+            for holder in holders:
+                if not self._holder_lives(holder, jobs) and self.release(name, holder):
+                    due.append(name)
+            if not holders and name not in self._stopping:
+                self.begin_stop(name)
+                due.append(name)
+        for name in known:
+            if name in names:
+                with self._lock:
+                    self._seen[name] = self._clock()
+            elif name not in due and self._clock() - self._seen.get(name, 0) > CREATION_GRACE_S:
+                self.forget(name)
+        due.extend(self._find_orphans(names))
+        return due
+
+    def _find_orphans(self, names: set[str]) -> list[str]:
+        found = []
+        with self._lock:
+            loose = {n for n in names if n not in self._leases and n not in self._stopping}
+            self._orphans = {name: self._orphans.get(name, 0) + 1 for name in loose}
+            for name, sightings in self._orphans.items():
+                if sightings >= ORPHAN_SIGHTINGS:
+                    self._stopping.add(name)
+                    found.append(name)
+        return found
+
+    def _holder_lives(self, holder: str, jobs: set[str]) -> bool:
+        if holder == PINNED:
+            return True
+        kind, _, key = holder.partition(":")
+        if kind == "job":
+            return key in jobs
+        return self._outside.actor_is_alive(key)

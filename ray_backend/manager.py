@@ -1,0 +1,198 @@
+"""The manager: one detached actor per cluster that ends what nobody keeps alive any more.
+
+It is on the path of no call. Losing it loses nothing: Ray restarts it, it reads the leases back and
+goes on sweeping. Its name carries the protocol version, so that jobs with two releases of this package
+can share a cluster.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+
+from ray_backend import ray_api
+from ray_backend.leases import LeaseBook
+from ray_backend.registry import Registry
+
+__all__ = ["MANAGER_NAME", "NAMESPACE", "Manager", "instance_names", "stop_actor"]
+
+NAMESPACE = "apothic"
+PROTOCOL_VERSION = 1
+MANAGER_NAME = f"apothic-manager-v{PROTOCOL_VERSION}"
+
+SWEEP_S = 0.5
+SLOW_SWEEP_EVERY = 120
+STOP_THREADS = 16
+
+DRAIN_S = 10.0
+HOOKS_S = 30.0
+
+
+class Manager:
+    """The actor's plain class; its methods may run side by side."""
+
+    def __init__(self) -> None:
+        """Read the leases back and start to sweep."""
+        self._registry = Registry()
+        self._book = LeaseBook(self._registry, self)
+        self._unused_specs: set[str] = set()
+        self._unused_blobs: set[str] = set()
+        self._stops = ThreadPoolExecutor(STOP_THREADS, thread_name_prefix="apothic-stop")
+        threading.Thread(target=self._sweep_for_ever, name="apothic-sweep", daemon=True).start()
+
+    # -- what clients ask ------------------------------------------------------------------------
+
+    def acquire(self, name: str, holder: str, record: dict[str, Any]) -> bool:
+        """Lease an instance that is about to be made; False while one of this name is stopping."""
+        return self._book.acquire(name, holder, record)
+
+    def join(self, name: str, holder: str) -> bool:
+        """Lease an instance that exists."""
+        return self._book.join(name, holder)
+
+    def release(self, name: str, holder: str) -> None:
+        """Give up a lease; the instance is stopped when it was the last."""
+        if self._book.release(name, holder):
+            self._stops.submit(self._stop, name)
+
+    def release_all(self, holder: str) -> list[dict[str, Any]]:
+        """Give up all leases of a holder, and wait until what nobody else keeps has stopped."""
+        names = [name for name in self._book.held_by(holder) if self._book.release(name, holder)]
+        return list(self._stops.map(self._stop, names))
+
+    def stop_all(self) -> list[dict[str, Any]]:
+        """Stop every instance, named ones too: the cluster is about to end."""
+        names = list(set(self._book.records()) | set(self.instance_names()))
+        for name in names:
+            self._book.begin_stop(name)
+        return list(self._stops.map(self._stop, names))
+
+    def close(self, name: str, actor_id: str | None) -> dict[str, Any]:
+        """Stop an instance now, whoever holds it; with an actor id only that very actor."""
+        self._book.begin_stop(name)
+        return self._stop(name, actor_id)
+
+    def forget(self, name: str) -> None:
+        """Drop the lease of an instance that was never made."""
+        self._book.forget(name)
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Give all leases."""
+        return self._book.records()
+
+    def ping(self) -> int:
+        """Give the protocol version."""
+        return PROTOCOL_VERSION
+
+    # -- what the book asks ----------------------------------------------------------------------
+
+    def live_jobs(self) -> set[str]:
+        """Name the jobs whose driver lives."""
+        return ray_api.live_jobs()
+
+    def actor_is_alive(self, actor_id: str) -> bool:
+        """Tell whether an actor that holds leases lives."""
+        return ray_api.actor_is_alive(actor_id)
+
+    def instance_names(self) -> list[str]:
+        """Name the instance actors that exist."""
+        return instance_names()
+
+    def stop(self, name: str) -> None:
+        """Stop an instance in the background."""
+        self._stops.submit(self._stop, name)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _stop(self, name: str, actor_id: str | None = None) -> dict[str, Any]:
+        try:
+            report = stop_actor(name, actor_id)
+        except Exception:
+            traceback.print_exc()
+            report = {"closed": False, "hooks": [], "interrupted_calls": 0, "note": "stop failed"}
+        self._book.forget(name)
+        return {"name": name, **report}
+
+    def _sweep_for_ever(self) -> None:
+        rounds = 0
+        while True:
+            time.sleep(SWEEP_S)
+            rounds += 1
+            try:
+                for name in self._book.sweep():
+                    self.stop(name)
+                if rounds % SLOW_SWEEP_EVERY == 0:
+                    self._sweep_store()
+            except Exception:
+                # The next round tries again; a GCS that restarts is away for a while.
+                print("apothic manager: sweep failed", file=sys.stderr)
+                traceback.print_exc()
+
+    def _sweep_store(self) -> None:
+        """Remove specs and code that no app and no instance uses any more.
+
+        A spec that was stored a moment ago for an instance about to be leased must not go: only what
+        two sweeps in a row found unused does.
+        """
+        self._registry.sweep_timeouts()
+        unused = self._registry.unused_specs(self._book.records().values())
+        for digest in unused & self._unused_specs:
+            self._registry.delete_spec(digest)
+        self._unused_specs = unused
+        self._unused_blobs = self._registry.sweep_blobs(self._unused_blobs)
+
+
+def instance_names() -> list[str]:
+    """Name the instance actors of this namespace; the manager and others have no ``:``."""
+    found = ray.util.list_named_actors(all_namespaces=True)
+    return [
+        entry["name"] for entry in found if entry["namespace"] == NAMESPACE and ":" in entry["name"]
+    ]
+
+
+def stop_actor(
+    name: str,
+    actor_id: str | None = None,
+    drain_s: float = DRAIN_S,
+    hooks_s: float = HOOKS_S,
+) -> dict[str, Any]:
+    """Stop an instance with its exit hooks, then remove its actor and wait until the name is free."""
+    nothing: dict[str, Any] = {
+        "closed": False,
+        "hooks": [],
+        "interrupted_calls": 0,
+        "note": "it was gone already",
+    }
+    try:
+        actor = ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return nothing
+    if actor_id is not None and actor._actor_id.hex() != actor_id:
+        return nothing  # another took the name since
+    report = nothing
+    try:
+        report = ray.get(
+            actor.apothic_stop.remote(drain_s, hooks_s), timeout=drain_s + hooks_s + 15.0
+        )
+    except ray.exceptions.GetTimeoutError:
+        report = {**nothing, "closed": True, "note": "it did not answer and was killed"}
+    except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
+        pass
+    try:
+        ray.kill(actor, no_restart=True)
+    except Exception:
+        return report
+    deadline = time.monotonic() + 10.0
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            break
+        time.sleep(0.002)
+    return report
