@@ -92,14 +92,14 @@ class RayClient(ControlPlaneClient):
         self._worker = _connection_identity()
         self._registry = Registry()
         self._cluster_id = self._registry.cluster_id()
-        self._holder = self._find_holder()
+        self.holder = self._find_holder()
         self._own_cluster = ray_api.is_own_cluster()
         self._manager: Any = None
         self._manager_lock = threading.Lock()
         self._leased = False
         self.background = ThreadPoolExecutor(8, thread_name_prefix="apothic-ray")
         self.is_proxy = ray_api.is_client_mode()
-        if self._holder.startswith("job:"):
+        if self.holder.startswith("job:"):
             # Registered after Ray's own, so it runs before: the cluster still answers.
             atexit.register(self._at_exit)
 
@@ -177,7 +177,7 @@ class RayClient(ControlPlaneClient):
         spec = request.spec
         name = actor_name(spec.app, spec.name, request.instance_id)
         digest = self._store(spec, request.blobs)
-        holder = PINNED if request.named else self._holder
+        holder = PINNED if request.named else self.holder
         record = {
             "app": spec.app,
             "cls": spec.name,
@@ -230,7 +230,7 @@ class RayClient(ControlPlaneClient):
             raise gone
         if not lease["named"]:
             self._leased = True
-            if not self._ask(lambda manager: manager.join.remote(name, self._holder)):
+            if not self._ask(lambda manager: manager.join.remote(name, self.holder)):
                 raise gone
         handle = handle.model_copy(
             update={"spec_digest": lease["spec_digest"], "named": lease["named"]}
@@ -325,7 +325,7 @@ class RayClient(ControlPlaneClient):
     def release(self, instance: RayInstance) -> None:
         """Give up this process's lease on an instance."""
         name = self._name(instance.handle)
-        self._ask(lambda manager: manager.release.remote(name, self._holder))
+        self._ask(lambda manager: manager.release.remote(name, self.holder))
 
     def list_instances(self, app: str | None = None, cls: str | None = None) -> list[InstanceInfo]:
         """List live instances from their leases, asking none of them."""
@@ -392,7 +392,7 @@ class RayClient(ControlPlaneClient):
                     ray.get(self._manager_actor().stop_all.remote(), timeout=EXIT_WAIT_S)
             elif self._leased:
                 ray.get(
-                    self._manager_actor().release_all.remote(self._holder), timeout=EXIT_WAIT_S
+                    self._manager_actor().release_all.remote(self.holder), timeout=EXIT_WAIT_S
                 )
 
     # -- inside ----------------------------------------------------------------------------------

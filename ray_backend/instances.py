@@ -16,6 +16,7 @@ from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest
 from apothic.errors import SerializationError, UsageError
 from apothic.values import ClassInstanceHandle, CloseReport, InstanceInfo, MethodInfo
 from ray_backend.actors.compile import actor_method_name
+from ray_backend.actors.gate import ACK_EVERY, CONSUMER_KEY
 from ray_backend.actors.host import TIMEOUT_KEY
 from ray_backend.translate import translate, was_never_sent
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from ray_backend.client import RayClient
 
 __all__ = ["RayCall", "RayInstance", "RayStream"]
-
-STREAM_AHEAD = 16
-"""Items that a generator may be ahead of its consumer, so that neither waits nor memory grows."""
 
 RESTART_S = 60.0
 """Seconds to wait for a named instance to come back before a call that never reached it fails."""
@@ -98,22 +96,21 @@ class RayInstance(InstanceRef):
         kwargs: dict[str, Any],
         timeout_s: float | None,
     ) -> ItemStream:
-        """Start a generator call, which stays at most `STREAM_AHEAD` items ahead."""
+        """Start a generator call, which stays a bounded number of items ahead."""
         if self._client.is_proxy:
             raise UsageError(
                 f"{self.label}.{method.name}: generators cannot stream through a ray:// connection, "
                 f"which Ray does not support. Run the program on the cluster with `ray job submit`, "
                 f"or collect the items in a plain method."
             )
+        kwargs = {**kwargs, CONSUMER_KEY: self._client.holder}
         if timeout_s is not None:
-            kwargs = {**kwargs, TIMEOUT_KEY: timeout_s}
+            kwargs[TIMEOUT_KEY] = timeout_s
         key = f"{method.name}()"
         submitter = self._submitters.get(key)
         if submitter is None:
             actor_method = getattr(self._actor, actor_method_name(method.name))
-            submitter = actor_method.options(
-                num_returns="streaming", _generator_backpressure_num_objects=STREAM_AHEAD
-            ).remote
+            submitter = actor_method.options(num_returns="streaming").remote
             self._submitters[key] = submitter
         try:
             return RayStream(self, submitter(*args, **kwargs))
@@ -274,11 +271,14 @@ class RayStream(ItemStream):
         self._instance = instance
         self._generator = generator
         self._open = True
+        self._count = 0
 
     def next_item(self) -> Any:
         """Wait for the next item."""
         try:
-            return ray.get(next(self._generator))
+            item = ray.get(next(self._generator))
+            self._confirm()
+            return item
         except StopIteration:
             self._open = False
             raise
@@ -290,7 +290,9 @@ class RayStream(ItemStream):
     async def anext_item(self) -> Any:
         """Await the next item."""
         try:
-            return await (await self._generator.__anext__())
+            item = await (await self._generator.__anext__())
+            self._confirm()
+            return item
         except StopAsyncIteration:
             self._open = False
             raise
@@ -298,6 +300,12 @@ class RayStream(ItemStream):
             self._open = False
             found = self._error(error)
             raise found from found.__cause__
+
+    def _confirm(self) -> None:
+        self._count += 1
+        if self._count % ACK_EVERY == 0:
+            task_id = self._generator._generator_ref.task_id().hex()
+            self._instance.native.apothic_confirm.remote(task_id, ACK_EVERY)
 
     def _error(self, error: rays.RayError) -> BaseException:
         return self._instance.error_of(error, self._generator._generator_ref)
@@ -309,4 +317,3 @@ class RayStream(ItemStream):
         self._open = False
         with contextlib.suppress(Exception):
             self._instance.cancel(self._generator._generator_ref.task_id().hex())
-            ray.cancel(self._generator)

@@ -102,6 +102,7 @@ class _Shell:
                 remove=worker.remove,
                 replace=worker.replace,
                 task_id=worker.task_id,
+                consumer_lives=worker.consumer_lives,
                 cleanup=worker.cleanup,
             ),
         )
@@ -126,6 +127,9 @@ class _Shell:
     def apothic_cancel(self, task_id: str) -> None:
         self.apothic_host.cancel(task_id)
 
+    def apothic_confirm(self, task_id: str, count: int) -> None:
+        self.apothic_host.confirm(task_id, count)
+
 
 class _AsyncShell(_Shell):
     """The same for an actor with an event loop, where every method must be a coroutine."""
@@ -145,9 +149,12 @@ class _AsyncShell(_Shell):
     async def apothic_cancel(self, task_id: str) -> None:  # type: ignore[override]
         self.apothic_host.cancel(task_id)
 
+    async def apothic_confirm(self, task_id: str, count: int) -> None:  # type: ignore[override]
+        self.apothic_host.confirm(task_id, count)
+
 
 for _shell in (_Shell, _AsyncShell):
-    for _name in ("apothic_status", "apothic_stop", "apothic_cancel"):
+    for _name in ("apothic_status", "apothic_stop", "apothic_cancel", "apothic_confirm"):
         getattr(_shell, _name).__ray_concurrency_group__ = CONTROL_GROUP
 
 

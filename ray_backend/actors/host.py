@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 from ray_backend.actors.failure import RemoteFailure, capture, format_error
+from ray_backend.actors.gate import CONSUMER_KEY, StreamGate
 from ray_backend.actors.running import ActiveCall, CallBook, make_sleep_interruptible
 
 __all__ = ["TIMEOUT_KEY", "HostServices", "InstanceHost", "InstancePlan"]
@@ -88,6 +89,7 @@ class HostServices:
         remove: removes the actor for good.
         replace: ends the process so that another takes its place; gets the stuck call's task id.
         task_id: names the call that the current thread or task executes.
+        consumer_lives: tells whether the job or actor that reads a stream still lives.
         cleanup: undoes what ``prepare`` did.
     """
 
@@ -97,6 +99,7 @@ class HostServices:
     remove: Callable[[], None]
     replace: Callable[[str, str], None]
     task_id: Callable[[], Any]
+    consumer_lives: Callable[[str], bool] = lambda _: True
     cleanup: Callable[[], None] = lambda: None
 
 
@@ -270,7 +273,8 @@ class InstanceHost:
         """Run a generator method; the time that its consumer takes is not counted."""
         if self._state != "ready":
             self.start()
-        call = self._begin(name, kwargs)
+        gate = self._gate(kwargs)
+        call = self._begin(name, kwargs, gate=gate)
         try:
             try:
                 items = self._bound[name](*args, **kwargs)
@@ -281,6 +285,8 @@ class InstanceHost:
                         except StopIteration:
                             return
                         self._book.pause(call)
+                        if not gate.admit():
+                            return
                         yield item
                         if not self._book.resume(call):
                             return
@@ -311,7 +317,9 @@ class InstanceHost:
             finally:
                 await self._on_thread(items.close)
             return
-        call = self._begin(name, kwargs, asyncio.get_running_loop())
+        gate = self._gate(kwargs)
+        loop = asyncio.get_running_loop()
+        call = self._begin(name, kwargs, loop, gate=gate)
         call.task = asyncio.current_task()
         try:
             try:
@@ -319,6 +327,10 @@ class InstanceHost:
                 try:
                     async for item in source:
                         self._book.pause(call)
+                        if gate.full:
+                            await loop.run_in_executor(None, gate.admit)
+                        elif not gate.admit():
+                            return
                         yield item
                         call.task = asyncio.current_task()
                         if not self._book.resume(call):
@@ -335,13 +347,16 @@ class InstanceHost:
     def _stream_steps(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], task_id: Any
     ) -> Any:
-        call = self._begin(name, kwargs, task_id=task_id)
+        gate = self._gate(kwargs)
+        call = self._begin(name, kwargs, task_id=task_id, gate=gate)
         try:
             try:
                 items = self._bound[name](*args, **kwargs)
                 try:
                     for item in items:
                         self._book.pause(call)
+                        if not gate.admit():
+                            return
                         yield item
                         if not self._book.resume(call):
                             return
@@ -354,12 +369,17 @@ class InstanceHost:
         except BaseException as error:
             raise self._failed(call, error) from None
 
+    def _gate(self, kwargs: dict[str, Any]) -> StreamGate:
+        consumer = kwargs.pop(CONSUMER_KEY, "")
+        return StreamGate(lambda: self._services.consumer_lives(consumer))
+
     def _begin(
         self,
         name: str,
         kwargs: dict[str, Any],
         loop: asyncio.AbstractEventLoop | None = None,
         task_id: Any = None,
+        gate: StreamGate | None = None,
     ) -> ActiveCall:
         timeout_s = kwargs.pop(TIMEOUT_KEY, None) if kwargs else None
         call = ActiveCall(
@@ -368,6 +388,7 @@ class InstanceHost:
             self._services.task_id() if task_id is None else task_id,
         )
         call.loop = loop
+        call.gate = gate
         if not self._book.begin(call):
             if call.interrupted == "cancelled":
                 raise self._cancelled_failure(call)
@@ -418,6 +439,10 @@ class InstanceHost:
     def cancel(self, task_id: str) -> None:
         """Interrupt a running call, or see to it that a queued one does not run."""
         self._book.cancel(task_id)
+
+    def confirm(self, task_id: str, count: int) -> None:
+        """Take note that a stream's consumer has ``count`` more items."""
+        self._book.confirm(task_id, count)
 
     def _replace_process(self, call: ActiveCall) -> None:
         print(

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+from ray_backend.actors.gate import StreamGate
+
 __all__ = ["ActiveCall", "CallBook", "CallInterrupted", "make_sleep_interruptible"]
 
 Reason = Literal["timeout", "cancelled", "closed"]
@@ -30,6 +32,7 @@ class ActiveCall:
 
     __slots__ = (
         "deadline",
+        "gate",
         "interrupted",
         "kill_at",
         "loop",
@@ -56,6 +59,7 @@ class ActiveCall:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.task: asyncio.Task[Any] | None = None
         self.wake: threading.Event | None = None
+        self.gate: StreamGate | None = None
 
 
 class CallBook:
@@ -72,6 +76,7 @@ class CallBook:
         self._watchdog: threading.Thread | None = None
         self._cancelled: set[str] = set()
         self._by_thread: dict[int, ActiveCall] = {}
+        self._wake_at = 0.0
         self.closing = False
         self.finished = 0
 
@@ -92,8 +97,6 @@ class CallBook:
                     target=self._watch, name="apothic-watchdog", daemon=True
                 )
                 self._watchdog.start()
-            elif call.timeout_s < self._timeout_s:
-                self._condition.notify()
             return True
 
     def end(self, call: ActiveCall) -> None:
@@ -119,12 +122,12 @@ class CallBook:
                 call.interrupted = "cancelled"
                 return False
             self._run(call)
-            if call.remaining_s < self._timeout_s:
-                self._condition.notify()
             return True
 
     def _run(self, call: ActiveCall) -> None:
         call.deadline = time.monotonic() + call.remaining_s
+        if call.deadline < self._wake_at:
+            self._condition.notify_all()
         if call.task is None and call.loop is None:
             call.thread_id = threading.get_ident()
             self._by_thread[call.thread_id] = call
@@ -160,6 +163,13 @@ class CallBook:
                     return
             self._cancelled.add(task_id)
 
+    def confirm(self, task_id: str, count: int) -> None:
+        """Pass a consumer's confirmation on to its stream."""
+        with self._condition:
+            gates = [c.gate for c in self._calls if c.gate and _hex(c.task_id) == task_id]
+        for gate in gates:
+            gate.confirm(count)
+
     def close(self, grace_s: float, interrupt_s: float) -> int:
         """Refuse new calls, wait for the running ones, then interrupt them.
 
@@ -186,6 +196,8 @@ class CallBook:
         if call.interrupted is None:
             call.interrupted = reason
         call.kill_at = time.monotonic() + REPLACE_GRACE_S
+        if call.gate is not None:
+            call.gate.shut()
         if call.loop is not None:
             task = call.task
             if task is not None:
@@ -204,7 +216,10 @@ class CallBook:
                 stuck = None
                 next_at = now + self._timeout_s
                 for call in self._calls:
-                    if call.kill_at is not None and call.interrupted != "closed":
+                    if call.kill_at is not None:
+                        # One that is outside user code, or whose instance closes anyway, may stay.
+                        if call.deadline is None or call.interrupted == "closed":
+                            continue
                         if now >= call.kill_at:
                             stuck = call
                         next_at = min(next_at, call.kill_at)
@@ -216,7 +231,9 @@ class CallBook:
                             next_at = min(next_at, call.deadline)
                 if stuck is None:
                     # The lock is held since `now`, so no call can have been missed.
+                    self._wake_at = next_at
                     self._condition.wait(max(0.001, min(next_at - now, threading.TIMEOUT_MAX)))
+                    self._wake_at = 0.0
                     continue
             self._replace_process(stuck)
             return

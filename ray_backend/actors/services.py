@@ -16,7 +16,7 @@ from ray_backend.actors.failure import RemoteFailure
 from ray_backend.actors.host import InstancePlan
 from ray_backend.actors.loading import load_class, share_class_identities
 from ray_backend.actors.mounts import Mounts
-from ray_backend.ray_api import restart_count, session_directory
+from ray_backend.ray_api import actor_is_alive, live_jobs, restart_count, session_directory
 from ray_backend.registry import Registry
 
 __all__ = ["WorkerServices"]
@@ -42,6 +42,14 @@ class WorkerServices:
     def task_id(self) -> Any:
         """Name the call that this thread or task executes, as the caller's reference does."""
         return ray._private.worker.global_worker.current_task_id
+
+    def consumer_lives(self, consumer: str) -> bool:
+        """Tell whether the job or actor that reads a stream still lives."""
+        kind, _, key = consumer.partition(":")
+        try:
+            return key in live_jobs() if kind == "job" else actor_is_alive(key)
+        except Exception:
+            return True  # the GCS is away for a moment
 
     def refuse_unwanted_restart(self) -> None:
         """Let only named instances, and those whose process we replaced, come back.

@@ -1,0 +1,62 @@
+"""`StreamGate`: holds a generator back while its consumer is behind.
+
+Ray's own backpressure confirms every item and so doubles what an item costs. Here the consumer
+confirms every `ACK_EVERY` items with one control call, and the producer waits when it is `AHEAD` of
+that.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+__all__ = ["ACK_EVERY", "AHEAD", "CONSUMER_KEY", "StreamGate"]
+
+AHEAD = 256
+"""Items that a generator may be ahead of its consumer."""
+
+ACK_EVERY = 64
+"""Items after which the consumer confirms."""
+
+CONSUMER_KEY = "__apothic_consumer__"
+"""The keyword that names the consumer's job or actor in a generator call."""
+
+_LOOK_S = 2.0
+
+
+class StreamGate:
+    """The credit of one stream."""
+
+    def __init__(self, consumer_lives: Callable[[], bool]) -> None:
+        """Ask ``consumer_lives`` every two seconds of waiting: a killed consumer confirms nothing."""
+        self._consumer_lives = consumer_lives
+        self._condition = threading.Condition()
+        self._ahead = 0
+        self._shut = False
+
+    @property
+    def full(self) -> bool:
+        """Whether the next `admit` would wait."""
+        return self._ahead >= AHEAD
+
+    def admit(self) -> bool:
+        """Count one item, after waiting for room; False when nobody wants it any more."""
+        if self._ahead >= AHEAD:
+            with self._condition:
+                while self._ahead >= AHEAD and not self._shut:
+                    if not self._condition.wait(_LOOK_S) and not self._consumer_lives():
+                        return False
+        self._ahead += 1
+        return not self._shut
+
+    def confirm(self, count: int) -> None:
+        """Take note that the consumer has ``count`` more items."""
+        with self._condition:
+            self._ahead -= count
+            self._condition.notify_all()
+
+    def shut(self) -> None:
+        """Let a waiting producer go: it is to stop."""
+        with self._condition:
+            self._shut = True
+            self._condition.notify_all()
