@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,11 +19,16 @@ _ATTRIBUTE = "__apothic_mark__"
 
 @dataclass(frozen=True)
 class Mark:
-    """What a decorator noted on a function; a plain value, so that it pickles with the class."""
+    """What a decorator noted on a function; a plain value, so that it pickles with the class.
+
+    ``order`` counts decorations: pickling sorts a class's attributes by name, so that their order in
+    a class that came along in a pickle says nothing of the order of their definition.
+    """
 
     kind: str
     tags: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    order: int = field(default_factory=itertools.count().__next__)
 
 
 def check_tags(tags: Iterable[str] | None) -> tuple[str, ...]:

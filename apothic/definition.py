@@ -87,7 +87,7 @@ def _marked_functions(cls: type[Any]) -> list[tuple[str, Any]]:
     """
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
-        for name, value in vars(base).items():
+        for name, value in sorted(vars(base).items(), key=_definition_order):
             inner = getattr(value, "__func__", None) or getattr(value, "fget", None)
             if inner is not None and mark_of(inner) is not None:
                 raise DefinitionError(
@@ -105,6 +105,11 @@ def _marked_functions(cls: type[Any]) -> list[tuple[str, Any]]:
                 else:
                     del found[name]
     return list(found.items())
+
+
+def _definition_order(item: tuple[str, object]) -> int:
+    mark = mark_of(item[1])
+    return -1 if mark is None else mark.order
 
 
 def _mark_kind(function: object) -> str:

@@ -7,10 +7,7 @@ from urllib.parse import quote
 
 from apothic.errors import InvalidOptionError
 
-__all__ = ["NAMESPACE", "actor_name", "check_env_name", "check_instance_id", "check_name"]
-
-NAMESPACE = "apothic"
-"""The Ray namespace of all our actors: jobs have an anonymous one each and would not meet."""
+__all__ = ["actor_name", "check_env_name", "check_instance_id", "check_name"]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,62}")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")

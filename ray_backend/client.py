@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import threading
@@ -20,6 +21,8 @@ from apothic.errors import (
     AppNotFoundError,
     BackendError,
     ConflictError,
+    InstanceClosedError,
+    InstanceLostError,
 
 
     InstanceNotFoundError,
@@ -43,7 +46,8 @@ from ray_backend.connection import ensure_connected
 from ray_backend.instances import RayInstance
 from ray_backend.launch import launch
 from ray_backend.leases import PINNED
-from ray_backend.manager import MANAGER_NAME, NAMESPACE, Manager, instance_names
+from ray_backend.manager import Manager, instance_names
+from ray_backend.names import MANAGER_NAME, NAMESPACE
 from ray_backend.placement.live import explain_on_cluster
 from ray_backend.registry import Registry
 from ray_backend.translate import failure_inside, translate
@@ -102,6 +106,8 @@ class RayClient(ControlPlaneClient):
         if self.holder.startswith("job:"):
             # Registered after Ray's own, so it runs before: the cluster still answers.
             atexit.register(self._at_exit)
+        if self._own_cluster:
+            _close_before_shutdown(self._at_exit)
 
     def is_of(self, job_id: str) -> bool:
         """Tell whether this client belongs to the connection that the process has now."""
@@ -172,7 +178,7 @@ class RayClient(ControlPlaneClient):
 
     # -- instances -------------------------------------------------------------------------------
 
-    def start(self, request: StartRequest) -> InstanceRef:
+    def start(self, request: StartRequest) -> RayInstance:
         """Lease first, then make the actor, so that an interrupted creation leaks nothing."""
         spec = request.spec
         name = actor_name(spec.app, spec.name, request.instance_id)
@@ -238,9 +244,24 @@ class RayClient(ControlPlaneClient):
         return RayInstance(self, handle, actor, ready=False)
 
     def wait_ready(self, instance: RayInstance) -> None:
-        """Wait for ``enter``; what cannot become ready is removed before the error is raised."""
-        actor = instance.native
+        """Wait for ``enter``; what cannot become ready is removed before the error is raised.
+
+        An existing instance that was asked for may be found while it stops: then another is made.
+        """
         request: StartRequest | None = instance.request
+        deadline = time.monotonic() + STOPPING_WAIT_S
+        while True:
+            try:
+                self._wait_ready_once(instance, request)
+                return
+            except (InstanceClosedError, InstanceLostError):
+                if request is None or not request.reuse or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+                instance.take_over(self.start(request))
+
+    def _wait_ready_once(self, instance: RayInstance, request: StartRequest | None) -> None:
+        actor = instance.native
         label = instance.label
         try:
             if request is None or request.reuse:
@@ -465,3 +486,19 @@ def _connection_identity() -> str:
     return str(ray.get_runtime_context().get_worker_id())
 
 
+
+
+def _close_before_shutdown(close: Callable[[], None]) -> None:
+    """Have ``ray.shutdown()`` end our instances first, where it ends their cluster.
+
+    Ray kills the workers then, and has no hook before it does.
+    """
+    shutdown = ray.shutdown
+
+    @functools.wraps(shutdown)
+    def close_and_shutdown(*args: Any, **kwargs: Any) -> None:
+        ray.shutdown = shutdown
+        close()
+        shutdown(*args, **kwargs)
+
+    ray.shutdown = close_and_shutdown

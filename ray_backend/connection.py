@@ -17,7 +17,7 @@ from apothic.errors import (
     VersionMismatchError,
 )
 from ray_backend import ray_api
-from ray_backend.manager import NAMESPACE
+from ray_backend.names import NAMESPACE
 
 __all__ = ["ORPHAN_CHECK_MS", "ensure_connected"]
 

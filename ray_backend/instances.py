@@ -117,6 +117,11 @@ class RayInstance(InstanceRef):
         except (TypeError, pickle.PicklingError, AttributeError) as error:
             raise self._unserializable(method, args, kwargs, error) from error
 
+    def take_over(self, other: RayInstance) -> None:
+        """Go on with another actor of the same name."""
+        self._actor = other.native
+        self._submitters.clear()
+
     def wait_ready(self) -> None:
         """Wait for ``enter``; a failure is raised here, and nothing is left behind."""
         if not self._ready:

@@ -14,7 +14,7 @@ from ray_backend import volumes
 from ray_backend.actors.compile import CONTROL_GROUP, CONTROL_THREADS, compile_actor
 from ray_backend.actors.host import InstancePlan
 from ray_backend.environments import Environment, compile_image
-from ray_backend.manager import NAMESPACE
+from ray_backend.names import NAMESPACE
 from ray_backend.placement.live import place_on_cluster
 from ray_backend.registry import Registry
 

@@ -70,10 +70,10 @@ class LeaseBook:
             if name in self._stopping:
                 return False
             lease = self._leases.get(name) or {**record, "holders": []}
-            if holder not in lease["holders"] or name not in self._leases:
+            if holder not in lease["holders"]:
                 lease = {**lease, "holders": [*lease["holders"], holder]}
-                self._store.put_lease(name, lease)
-                self._leases[name] = lease
+            self._store.put_lease(name, lease)
+            self._leases[name] = lease
             self._seen[name] = self._clock()
             return True
 

@@ -18,13 +18,10 @@ import ray
 
 from ray_backend import ray_api
 from ray_backend.leases import LeaseBook
+from ray_backend.names import NAMESPACE, PROTOCOL_VERSION
 from ray_backend.registry import Registry
 
-__all__ = ["MANAGER_NAME", "NAMESPACE", "Manager", "instance_names", "stop_actor"]
-
-NAMESPACE = "apothic"
-PROTOCOL_VERSION = 1
-MANAGER_NAME = f"apothic-manager-v{PROTOCOL_VERSION}"
+__all__ = ["Manager", "instance_names", "stop_actor"]
 
 SWEEP_S = 0.5
 SLOW_SWEEP_EVERY = 120

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
@@ -17,10 +18,12 @@ from ray_backend.actors.host import InstancePlan
 from ray_backend.actors.loading import load_class, share_class_identities
 from ray_backend.actors.mounts import Mounts
 from ray_backend.ray_api import actor_is_alive, live_jobs, restart_count, session_directory
+from ray_backend.names import MANAGER_NAME, NAMESPACE
 from ray_backend.registry import Registry
 
 __all__ = ["WorkerServices"]
 
+_MANAGER_WAIT_S = 2.0
 _PYTHON_SOURCE = "apothic:python/"
 
 
@@ -133,7 +136,10 @@ class WorkerServices:
     def remove(self) -> None:
         """Remove this actor for good, so that its name is free."""
         try:
-            self._registry.forget_lease(self._plan.actor_name)
+            with contextlib.suppress(Exception):
+                # Without its manager the lease is found stale later; the name must be free now.
+                manager = ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
+                ray.get(manager.forget.remote(self._plan.actor_name), timeout=_MANAGER_WAIT_S)
             ray.kill(self.current_actor(), no_restart=True)
         except Exception:
             os._exit(0)  # the cluster is gone, and with it the name

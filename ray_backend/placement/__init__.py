@@ -1,1 +1,1 @@
-"""x"""
+"""From placement constraints to what is asked of Ray: pure functions over `ray.nodes()`."""

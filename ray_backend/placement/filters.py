@@ -1,0 +1,123 @@
+"""`offer_filters` as criteria: every operator on every field of an offer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from apothic.gpus import same_gpu_name
+from apothic.offers import FILTER_FIELDS, FilterField, Operator
+from ray_backend.placement.criterion import MEGABYTE, Criterion, figure, offer_fact, places_of
+from ray_backend.placement.offers import ram_bytes
+
+__all__ = ["filter_criterion"]
+
+# Prices and memory are read from decimal texts: equal means equal but for the last bits.
+_SLACK = 1e-9
+
+# field -> fact, for the fields that are one attribute of an offer
+_FILTERED: dict[str, str] = {
+    "num_gpus": "gpus",
+    "gpu_ram": "vram_mb",
+    "gpu_mem_bw": "gpu_bandwidth_gb_s",
+    "total_flops": "total_tflops",
+    "cpu_cores_effective": "cpus",
+    "cpu_ghz": "cpu_ghz",
+    "disk_space": "disk_gb",
+    "disk_bw": "disk_bandwidth_mb_s",
+    "inet_up": "internet_upload_mbps",
+    "inet_down": "internet_download_mbps",
+    "dph_total": "cost_per_hour_usd",
+    "reliability": "reliability",
+    "verified": "verified",
+    "datacenter": "secure_cloud",
+}
+_SIGNS: dict[Operator, str] = {
+    "eq": "=",
+    "neq": "not",
+    "gt": "above",
+    "gte": "at least",
+    "lt": "below",
+    "lte": "at most",
+    "in": "one of",
+    "notin": "none of",
+}
+
+
+def filter_criterion(field: str, operator: Operator, value: Any) -> Criterion:
+    """Make the criterion of one condition; the fields describe the node, not the slice of it."""
+    spec = FILTER_FIELDS[field]
+    parameter = f"offer_filters.{field}.{operator}"
+    items = value if isinstance(value, tuple) else (value,)
+    wanted = f"{_SIGNS[operator]} {', '.join(_shown(spec, item) for item in items)}"
+    if field == "gpu_name":
+        return Criterion(
+            parameter,
+            wanted,
+            lambda o: o.gpu_types or None,
+            lambda names: _names_match(names, operator, items, same_gpu_name),
+            ", ".join,
+            "gpu",
+        )
+    if field == "geolocation":
+        return Criterion(
+            parameter,
+            wanted,
+            places_of,
+            lambda names: _names_match(
+                names, operator, items, lambda one, other: one.casefold() == other.casefold()
+            ),
+            ", ".join,
+        )
+
+    def show(has: Any) -> str:
+        return _shown(spec, has)
+
+    def test(has: Any) -> bool:
+        return _compare(has, operator, value)
+
+    if field == "cpu_ram":
+        return Criterion(
+            parameter,
+            wanted,
+            lambda resources: ram_bytes(resources) / MEGABYTE,
+            test,
+            show,
+            per_node=True,
+        )
+    fact = _FILTERED[field]
+    return Criterion(parameter, wanted, lambda o: offer_fact(o, fact), test, show, fact)
+
+
+def _shown(spec: FilterField, value: Any) -> str:
+    if spec.kind == "number":
+        return figure(value, spec.unit)
+    return str(value).lower() if spec.kind == "flag" else str(value)
+
+
+def _names_match(
+    names: tuple[str, ...],
+    operator: Operator,
+    items: tuple[str, ...],
+    same: Callable[[str, str], bool],
+) -> bool:
+    found = any(same(name, item) for name in names for item in items)
+    return found if operator in ("eq", "in") else not found
+
+
+def _compare(has: Any, operator: Operator, value: Any) -> bool:
+    if operator == "gt":
+        return bool(has > value)
+    if operator == "gte":
+        return bool(has >= value)
+    if operator == "lt":
+        return bool(has < value)
+    if operator == "lte":
+        return bool(has <= value)
+    items = value if isinstance(value, tuple) else (value,)
+    if isinstance(has, bool):
+        found = has in items
+    else:
+        found = any(math.isclose(has, item, rel_tol=_SLACK) for item in items)
+    return found if operator in ("eq", "in") else not found

@@ -1,0 +1,291 @@
+"""What a node says about itself: `Offer` is one kind of node, `NodeView` one node of a kind.
+
+A node states its figures in labels under ``apothic.io/``; Ray states CPUs, memory, GPUs and the
+accelerator type; what neither states and follows from the GPU's name comes from `apothic.gpus`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from apothic.errors import InvalidOptionError
+from apothic.gpus import GpuSpec, spec_of_node
+
+__all__ = ["LABEL_PREFIX", "OFFER_PREFIX", "NodeView", "Offer", "group_nodes", "ram_bytes"]
+
+LABEL_PREFIX = "apothic.io/"
+OFFER_PREFIX = "offer:"
+_TYPE_PREFIX = "accelerator_type:"
+_TYPE_LABEL = "ray.io/accelerator-type"
+# Ray 2.60 writes the second; its documentation also knows the first.
+_REGION_LABELS = ("ray.io/region", "ray.io/availability-region")
+# A placement group advertises the resources that it holds a second time, under such names.
+_OF_PLACEMENT_GROUP = re.compile(r"_group_(?:\d+_)?[0-9a-f]{8,}$")
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The facts that the nodes of one kind share; a fact that nobody states is None.
+
+    Attributes:
+        name: how tables call it: the offer's id, or what kind of node it is.
+        offer_id: the id in the ``offer:<id>`` resource; None where no such resource exists.
+        cpus: CPU cores.
+        gpus: GPUs, as Ray counts them.
+        gpu_types: every name that the node gives its GPUs.
+        gpu_resources: those of them that exist as ``accelerator_type:<name>`` resource.
+        gpu: the card that the names and the labelled memory amount to.
+        vram_mb: memory per GPU.
+        gpu_bandwidth_gb_s: memory bandwidth per GPU.
+        total_tflops: FP32 TFLOPS of all GPUs.
+        cost_per_hour_usd: price of the whole node.
+        cpu_ghz: CPU clock.
+        disk_bandwidth_mb_s: disk bandwidth.
+        internet_upload_mbps: upload bandwidth in Mbit/s.
+        internet_download_mbps: download bandwidth in Mbit/s.
+        secure_cloud: whether it stands in a secure data centre.
+        verified: whether its provider verified it.
+        reliability: share of the time that it is up.
+        country: country code.
+        region: region.
+        disk_gb: disk.
+        by_name: the facts that no label states and that follow from the GPU's name.
+        malformed: labels that cannot be read, by the fact that they should have stated.
+        resources: all of a node's resources; only for a kind that is registered, since the memory
+            of live nodes differs from node to node.
+    """
+
+    name: str
+    offer_id: str | None
+    cpus: float
+    gpus: float
+    gpu_types: tuple[str, ...] = ()
+    gpu_resources: tuple[str, ...] = ()
+    gpu: GpuSpec | None = None
+    vram_mb: float | None = None
+    gpu_bandwidth_gb_s: float | None = None
+    total_tflops: float | None = None
+    cost_per_hour_usd: float | None = None
+    cpu_ghz: float | None = None
+    disk_bandwidth_mb_s: float | None = None
+    internet_upload_mbps: float | None = None
+    internet_download_mbps: float | None = None
+    secure_cloud: bool | None = None
+    verified: bool | None = None
+    reliability: float | None = None
+    country: str | None = None
+    region: str | None = None
+    disk_gb: float | None = None
+    by_name: frozenset[str] = frozenset()
+    malformed: Mapping[str, str] = field(default_factory=dict)
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_node_type(
+        cls, name: str, resources: Mapping[str, float], labels: Mapping[str, str] | None = None
+    ) -> Offer:
+        """Describe a node type that the autoscaler could start, as registered.
+
+        Args:
+            name: the node type's name, for errors.
+            resources: what its nodes will advertise, ``offer:<id>`` among them.
+            labels: the labels that they will have.
+
+        Raises:
+            InvalidOptionError: without exactly one ``offer:<id>`` resource, which is what tells
+                the autoscaler which type to start.
+        """
+        special = _special(resources)
+        ids = [each for each in special if each.startswith(OFFER_PREFIX)]
+        if len(ids) != 1:
+            raise InvalidOptionError(
+                f"node type {name!r} advertises {', '.join(ids) or 'no offer resource'}: a "
+                f"registered type takes exactly one. Add 'offer:{name}': 1 to its resources."
+            )
+        return _offer(
+            float(resources.get("CPU", 0.0)),
+            float(resources.get("GPU", 0.0)),
+            special,
+            labels or {},
+            resources,
+        )
+
+
+class NodeView(NamedTuple):
+    """One live node: its id and all of its resources. A tuple, since thousands are made."""
+
+    node_id: str
+    resources: Mapping[str, float]
+
+
+def ram_bytes(resources: Mapping[str, float]) -> float:
+    """Give the memory of the machine: Ray splits it into memory and object store."""
+    return resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)
+
+
+def group_nodes(nodes: Sequence[Mapping[str, Any]]) -> list[tuple[Offer, list[NodeView]]]:
+    """Sort the live nodes of ``ray.nodes()`` by kind, so that each kind is looked at once.
+
+    Memory is no part of a kind: it differs from node to node by a few bytes.
+    """
+    kinds: dict[tuple[object, ...], list[NodeView]] = {}
+    for node in nodes:
+        if not node["Alive"]:
+            continue
+        resources: Mapping[str, float] = node["Resources"]
+        # Most resources of a node are few plain words and its own `node:<address>`.
+        special = [name for name in resources if ":" in name and name[:5] != "node:"]
+        if len(special) > 1:
+            special.sort()
+        get_label = (node.get("Labels") or {}).get
+        key = (
+            resources.get("CPU", 0.0),
+            resources.get("GPU", 0.0),
+            *special,
+            None,
+            *map(get_label, _LABELS),
+        )
+        views = kinds.get(key)
+        if views is None:
+            views = kinds[key] = []
+        views.append(NodeView(node["NodeID"], resources))
+    result: list[tuple[Offer, list[NodeView]]] = []
+    for views_key, views in kinds.items():
+        cut = views_key.index(None)
+        labels = {
+            label: str(value)
+            for label, value in zip(_LABELS, views_key[cut + 1 :], strict=True)
+            if value is not None
+        }
+        resources = views[0].resources
+        result.append(
+            (
+                _offer(
+                    float(resources.get("CPU", 0.0)),
+                    float(resources.get("GPU", 0.0)),
+                    _special(resources),
+                    labels,
+                ),
+                views,
+            )
+        )
+    return result
+
+
+def _special(resources: Mapping[str, float]) -> list[str]:
+    return sorted(
+        name
+        for name in resources
+        if name.startswith((OFFER_PREFIX, _TYPE_PREFIX)) and not _OF_PLACEMENT_GROUP.search(name)
+    )
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(text)
+    return value
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if value > 1:
+        raise ValueError(text)
+    return value
+
+
+def _flag(text: str) -> bool:
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[
+        text.casefold()
+    ]
+
+
+# fact -> label without the prefix, reader
+_READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "vram_mb": ("vram-gb", lambda text: round(_number(text) * 1000, 6)),
+    "gpu_bandwidth_gb_s": ("gpu-mem-bandwidth-gbps", _number),
+    "total_tflops": ("total-tflops", _number),
+    "cost_per_hour_usd": ("cost-per-hour-usd", _number),
+    "cpu_ghz": ("cpu-ghz", _number),
+    "disk_bandwidth_mb_s": ("disk-bandwidth-mb-s", _number),
+    "internet_upload_mbps": ("internet-upload-mbps", _number),
+    "internet_download_mbps": ("internet-download-mbps", _number),
+    "secure_cloud": ("secure-cloud", _flag),
+    "verified": ("verified", _flag),
+    "reliability": ("reliability", _share),
+    "country": ("country", str),
+    "disk_gb": ("disk-gb", _number),
+}
+_OFFER_LABEL = LABEL_PREFIX + "offer"
+_LABELS: tuple[str, ...] = (
+    _OFFER_LABEL,
+    _TYPE_LABEL,
+    *_REGION_LABELS,
+    *(LABEL_PREFIX + label for label, _ in _READERS.values()),
+)
+
+
+def _offer(
+    cpus: float,
+    gpus: float,
+    special: Sequence[str],
+    labels: Mapping[str, str],
+    resources: Mapping[str, float] | None = None,
+) -> Offer:
+    facts: dict[str, Any] = {}
+    malformed: dict[str, str] = {}
+    for fact, (label, read) in _READERS.items():
+        text = labels.get(LABEL_PREFIX + label, "").strip()
+        if not text:
+            continue
+        try:
+            facts[fact] = read(text)
+        except (ValueError, KeyError):
+            malformed[fact] = f"{label}={text!r}"
+    offer_ids = [each[len(OFFER_PREFIX) :] for each in special if each.startswith(OFFER_PREFIX)]
+    gpu_resources = tuple(
+        each[len(_TYPE_PREFIX) :] for each in special if each.startswith(_TYPE_PREFIX)
+    )
+    labelled_type = labels.get(_TYPE_LABEL, "").strip()
+    gpu_types = tuple(sorted({*gpu_resources, *([labelled_type] if labelled_type else [])}))
+    spec = None
+    by_name: dict[str, float] = {}
+    if gpus:
+        labelled_mb: float | None = facts.get("vram_mb")
+        spec = spec_of_node(gpu_types, None if labelled_mb is None else labelled_mb / 1000)
+        by_name = {fact: value for fact, value in _by_name(spec, gpus).items() if fact not in facts}
+    else:
+        # Without GPUs, labels about them describe nothing that could be had.
+        facts.pop("vram_mb", None)
+    offer_id = offer_ids[0] if offer_ids else None
+    kind = f"{gpus:g}x {gpu_types[0] if gpu_types else 'unnamed GPU'}" if gpus else "no GPU"
+    return Offer(
+        name=offer_id or f"({labels.get(_OFFER_LABEL) or 'no offer'}) {kind}",
+        offer_id=offer_id,
+        cpus=cpus,
+        gpus=gpus,
+        gpu_types=gpu_types if gpus else (),
+        gpu_resources=gpu_resources if gpus else (),
+        gpu=spec,
+        region=next((labels[each] for each in _REGION_LABELS if labels.get(each)), None),
+        by_name=frozenset(by_name),
+        malformed=malformed,
+        resources=dict(resources or {}),
+        **{**by_name, **facts},
+    )
+
+
+def _by_name(spec: GpuSpec | None, gpus: float) -> dict[str, float]:
+    """Give the facts that follow from the name of the GPU."""
+    if spec is None:
+        return {}
+    facts = {
+        "vram_mb": spec.memory_gb and spec.memory_gb * 1000,
+        "gpu_bandwidth_gb_s": spec.bandwidth_gb_s,
+        "total_tflops": spec.fp32_tflops and spec.fp32_tflops * gpus,
+    }
+    return {fact: value for fact, value in facts.items() if value is not None}

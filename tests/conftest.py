@@ -1,0 +1,46 @@
+"""The shared cluster, and the check that nothing of ours is left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import eventually
+
+# Ray's token would have to be handed to each driver process; tests of it set it up themselves.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """Start a cluster in this process; give the address for other drivers."""
+    import ray
+
+    assert not ray.is_initialized()
+    ray.init(
+        num_cpus=8,
+        namespace="apothic",
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        object_store_memory=400 * 1024**2,
+        _memory=64 * 1024**3,
+    )
+    yield ray.get_runtime_context().gcs_address
+    from ray_backend.manager import instance_names
+
+    left = instance_names()
+    ray.shutdown()
+    assert left == []
+
+
+@pytest.fixture
+def ray_cluster(cluster: str) -> Iterator[str]:
+    """Give the shared cluster's address; afterwards no instance may be left on it."""
+    from ray_backend.manager import instance_names
+
+    yield cluster
+    eventually(lambda: not instance_names())
