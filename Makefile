@@ -42,7 +42,7 @@ check: $(VENV)/.dev ## Lint, format check, types, type completeness, API contrac
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
-	@PATH='$(abspath $(VENV))/bin':"$$PATH" $(PY) -m pyright --verifytypes apothic --ignoreexternal
+	@PATH='$(abspath $(VENV))/bin':"$$PATH" $(PY) scripts/verifytypes.py apothic
 	@$(if $(wildcard $(CONTRACT)),$(PY) scripts/contract.py $(CONTRACT))
 
 fmt: $(VENV)/.dev ## Format the code and apply safe lint fixes

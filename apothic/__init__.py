@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from apothic.app import App, RemoteApp
     from apothic.backend import ControlPlaneClient
     from apothic.cls import BoundCls, Cls
-    from apothic.decorators import enter, exit, method  # noqa: A004 - the contract's name
+    from apothic.decorators import enter, exit, method
     from apothic.errors import ApothicError
     from apothic.function import Function, Job, RemoteFunction
     from apothic.image import Image

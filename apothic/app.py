@@ -240,9 +240,11 @@ class App:
             definition = describe_class(local_cls)
             cls_name = check_name("class", name or local_cls.__name__)
             self._check_free(cls_name, local_cls)
-            if options.max_retries and any(
-                info.is_generator for info in definition.methods.values()
-            ) and all(info.is_generator for info in definition.methods.values()):
+            if (
+                options.max_retries
+                and any(info.is_generator for info in definition.methods.values())
+                and all(info.is_generator for info in definition.methods.values())
+            ):
                 raise InvalidOptionError(
                     f"retries={options.max_retries} on {cls_name}, which has generator methods "
                     f"only: items that were delivered cannot be taken back. Leave retries out."
@@ -427,8 +429,10 @@ class App:
         return value
 
     def __reduce__(self) -> tuple[Callable[[str], App], tuple[str], dict[str, Any]]:
-        """Travel with its classes, without the connection; the state comes last, as they refer to
-        one another."""
+        """Travel without the connection.
+
+        The state comes last, since classes and apps refer to one another.
+        """
         state = {"_classes": self._classes, "_deployment_id": self._deployment_id}
         return App, (self._name,), state
 
@@ -483,9 +487,7 @@ class RemoteApp:
         manifest = client.find_app(name)
         self._manifest = manifest
         self._classes = {
-            cls_name: Cls(
-                spec, client=lambda: client, deployment_id=lambda: manifest.deployment_id
-            )
+            cls_name: Cls(spec, client=lambda: client, deployment_id=lambda: manifest.deployment_id)
             for cls_name, spec in manifest.classes.items()
         }
 

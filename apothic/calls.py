@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import threading
@@ -101,16 +102,12 @@ class RetryingCall(CallRef):
         current.future().add_done_callback(self._ended)
 
     def _succeed(self, value: Any) -> None:
-        try:
+        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
             self._future.set_result(value)
-        except InvalidStateError:
-            pass  # cancelled meanwhile
 
     def _fail(self, error: BaseException) -> None:
-        try:
+        with contextlib.suppress(InvalidStateError):
             self._future.set_exception(error)
-        except InvalidStateError:
-            pass
 
     def result(self, timeout_s: float | None = None) -> Any:
         """Wait for the value of the attempt that succeeds, or the error of the last one."""

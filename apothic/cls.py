@@ -7,10 +7,11 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from inspect import BoundArguments, Signature
 from typing import Any
 
-from apothic.backend import ControlPlaneClient, InstanceRef, StartRequest, connect
 from apothic.backend import CallRef as _CallRef
+from apothic.backend import ControlPlaneClient, InstanceRef, StartRequest, connect
 from apothic.definition import (
     ClassDefinition,
     bind_arguments,
@@ -130,9 +131,7 @@ class Cls:
                 f"app {app_name!r} has no class {class_name!r}: it has "
                 f"{', '.join(manifest.classes) or 'none'}. Check the spelling, or deploy it again."
             )
-        return Cls(
-            spec, client=lambda: connection, deployment_id=lambda: manifest.deployment_id
-        )
+        return Cls(spec, client=lambda: connection, deployment_id=lambda: manifest.deployment_id)
 
     @staticmethod
     def from_handle(
@@ -197,7 +196,10 @@ class Cls:
             doc="Close the instance that a handle names.",
         )
         target = Target(lambda _: _Closer(self), label=self._label, max_pending=2**31)
-        return self._function(info, signature_from(info.parameters), target, RemoteFunction)
+        function: RemoteFunction[Any] = self._function(
+            info, signature_from(info.parameters), target, RemoteFunction
+        )
+        return function
 
     @property
     def signature(self) -> inspect.Signature | None:
@@ -324,9 +326,7 @@ class Cls:
             scope = "" if shared else client.job_id
             key = digest_of([self.spec.digest, digest, scope])[:24]
             return client.start(
-                self._request(
-                    f"bind-{key}-{index}", packed, digest, named=False, reuse=True
-                )
+                self._request(f"bind-{key}-{index}", packed, digest, named=False, reuse=True)
             )
 
         target = Target(
@@ -513,7 +513,7 @@ class Cls:
     def _label(self) -> str:
         return f"{self._app_name}.{self._name}" if self._app_name else self._name
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundArguments:
         return bind_arguments(self._name, self._described.signature, args, kwargs)
 
     def _pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
@@ -579,7 +579,7 @@ class Cls:
     def _function(
         self,
         info: MethodInfo,
-        signature: inspect.Signature | None,
+        signature: Signature | None,
         target: Target | None,
         kind: type[Function[Any]],
         *,
@@ -611,7 +611,11 @@ class Cls:
         info = self.method_info(name)
         retries = self._options.retries
         function: RemoteFunction[Any] = self._function(
-            info, self._described.method_signatures.get(name), target, RemoteFunction, retries=retries
+            info,
+            self._described.method_signatures.get(name),
+            target,
+            RemoteFunction,
+            retries=retries,
         )
         return function
 
@@ -649,8 +653,10 @@ class Cls:
         return (self._local_cls,)
 
     def __reduce__(self) -> tuple[Callable[[], Cls], tuple[()], dict[str, Any]]:
-        """Travel with the code where it is local; the state comes last, for classes that use one
-        another."""
+        """Travel without the connection.
+
+        The state comes last, since classes and apps refer to one another.
+        """
         state = {
             "spec": self._spec if self._local_cls is None else None,
             "app_name": self._app_name,

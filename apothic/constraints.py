@@ -6,7 +6,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -79,7 +79,7 @@ class PlacementConstraints(BaseModel):
         disk_gb: disk of the node, and the storage limit of a sandbox.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     gpu: tuple[str, ...] | None = None
     gpu_count: int | None = None
@@ -278,6 +278,6 @@ def _check_together(values: Mapping[str, object]) -> None:
         listed = ", ".join(f"{name} has {size:g}" for name, size in known.items())
         raise InvalidOptionError(
             f"min_vram_gb={min_vram_gb:g} contradicts gpu={list(gpus)!r}: it is above the memory "
-            f"of every GPU named (GB: {listed}). Lower min_vram_gb to {max(known.values()):g}, "
-            f"raise gpu_count for more GPUs, or name a larger GPU."
+            f"of every GPU named (GB: {listed}). It counts per GPU: lower it to at most "
+            f"{max(known.values()):g}, or name a larger GPU."
         )

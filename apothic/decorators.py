@@ -97,7 +97,6 @@ def _marker(name: str, mark: Mark) -> Callable[[_F], _F]:
     return apply
 
 
-
 def method(
     *,
     tags: Iterable[str] | None = None,
@@ -125,7 +124,7 @@ def enter() -> Callable[[_F], _F]:
     return _marker("enter", Mark("enter"))
 
 
-def exit() -> Callable[[_F], _F]:  # noqa: A001 - the name is the contract's
+def exit() -> Callable[[_F], _F]:
     """Run a function when an instance stops, once, after its last call.
 
     Several run in reverse order of their definition, each even if another failed. They run on

@@ -27,7 +27,9 @@ JobStatus = Literal["pending", "succeeded", "failed", "cancelled"]
 class Job(Generic[_R]):
     """One submitted call. Await it, or `get` its value."""
 
-    def __init__(self, call: CallRef, settle: Callable[[CallRef, BaseException | None], None]):
+    def __init__(
+        self, call: CallRef, settle: Callable[[CallRef, BaseException | None], None]
+    ) -> None:
         """Wrap a submitted call; made by `Function.spawn`."""
         self._call = call
         self._settle = settle
@@ -303,9 +305,7 @@ class Function(Generic[_R]):
         target, timeout_s = self._ready(args, kwargs)
         if self._retries.max_retries == 0:
             return target.call(self._info, args, kwargs, timeout_s)
-        return with_retries(
-            self._retries, lambda: target.call(self._info, args, kwargs, timeout_s)
-        )
+        return with_retries(self._retries, lambda: target.call(self._info, args, kwargs, timeout_s))
 
     def spawn(self, *args: Any, **kwargs: Any) -> Job[_R]:
         """Submit a call and return at once.
@@ -491,4 +491,3 @@ class FunctionAio(Twin[Function[Any]]):
     starmap = twin(Function.starmap)
     for_each = twin(Function.for_each)
     spawn_map = twin(Function.spawn_map)
-

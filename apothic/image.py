@@ -11,7 +11,7 @@ import io
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -38,7 +38,7 @@ class ImageStep(BaseModel):
         digest: for ``add``, the content's digest once it was packed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     kind: StepKind
     values: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Image(BaseModel):
         steps: in order.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     base: str | None = None
     python_version: str | None = None
@@ -221,7 +221,9 @@ class Image(BaseModel):
             if spec.submodule_search_locations:
                 path = path.parent
             parent, _, leaf = name.rpartition(".")
-            remote = "/".join([_PYTHON_SOURCE_ROOT, *parent.split(".")] if parent else [_PYTHON_SOURCE_ROOT])
+            remote = "/".join(
+                [_PYTHON_SOURCE_ROOT, *parent.split(".")] if parent else [_PYTHON_SOURCE_ROOT]
+            )
             remote = f"{remote}/{leaf}" + ("" if path.is_dir() else path.suffix)
             image = image._with(ImageStep(kind="add", local=str(path), remote=remote))
         return image
@@ -307,9 +309,9 @@ def _requirement_lines(path: str | Path) -> list[str]:
 
 def _pyproject_requirements(path: str | Path, extras: list[str] | None) -> list[str]:
     try:
-        import tomllib
+        import tomllib  # type: ignore[import-not-found,unused-ignore]
     except ImportError:  # Python 3.10
-        import tomli as tomllib
+        import tomli as tomllib  # type: ignore[import-not-found,no-redef,unused-ignore]
     try:
         project = tomllib.loads(_read(path)).get("project", {})
     except tomllib.TOMLDecodeError as error:

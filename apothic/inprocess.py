@@ -23,9 +23,7 @@ class FutureCall(CallRef):
 
     __slots__ = ("_future", "_interrupt")
 
-    def __init__(
-        self, future: Future[Any], interrupt: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, future: Future[Any], interrupt: Callable[[], None] | None = None) -> None:
         """Wrap ``future``; ``interrupt`` stops the work if it has begun."""
         self._future = future
         self._interrupt = interrupt

@@ -335,7 +335,9 @@ class LocalClassInstance:
 
     def __repr__(self) -> str:
         """Name the class and the state."""
-        return f"<apothic.LocalClassInstance {self._cls.name} ({'closed' if self.closed else 'open'})>"
+        return (
+            f"<apothic.LocalClassInstance {self._cls.name} ({'closed' if self.closed else 'open'})>"
+        )
 
 
 class LocalClassInstanceAio(Twin[LocalClassInstance]):

@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from typing_extensions import Self
@@ -96,7 +96,7 @@ class OfferFiltersModel(BaseModel):
         datacenter: whether it stands in a data centre, as for ``secure_cloud_only``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     gpu_name: TextFilter | None = None
     num_gpus: NumberFilter | None = None

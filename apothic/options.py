@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,7 +22,7 @@ __all__ = ["ClassOptions", "MountSpec", "check_count", "check_seconds"]
 class MountSpec(BaseModel):
     """One volume at its mount path, as the engine reads it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     path: str
     volume: str
@@ -48,7 +48,7 @@ class ClassOptions(BaseModel):
         tasks_per_container: calls in flight that one container takes before another starts.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     constraints: PlacementConstraints = Field(default_factory=PlacementConstraints)
     cpu: int = 1

@@ -89,10 +89,10 @@ def local_modules() -> list[str]:
         if name.partition(".")[0] in _OURS or name in ("__main__", "__mp_main__"):
             continue
         path = getattr(module, "__file__", None)
-        if isinstance(path, str) and path.endswith(".py") and not _installed(path):
-            # An alias under another name cannot be registered, and need not be.
-            if getattr(module, "__name__", None) == name:
-                found.append(name)
+        # An alias under another name cannot be registered, and need not be.
+        plain = getattr(module, "__name__", None) == name
+        if plain and isinstance(path, str) and path.endswith(".py") and not _installed(path):
+            found.append(name)
     return found
 
 

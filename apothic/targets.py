@@ -36,7 +36,7 @@ _PRUNE_SLACK = 32
 class _Replica:
     """One container and what this process has in flight there; guarded by its target's lock."""
 
-    __slots__ = ("idle_since", "index", "ref", "running", "tracked", "prune_at")
+    __slots__ = ("idle_since", "index", "prune_at", "ref", "running", "tracked")
 
     def __init__(self, index: int, ref: InstanceRef) -> None:
         self.index = index
@@ -334,7 +334,7 @@ class _Reaper:
             for target in targets:
                 try:
                     target.scale_down()
-                except Exception:  # noqa: S112 - the next round tries again; close reports faults
+                except Exception:
                     continue
             del targets
 

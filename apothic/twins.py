@@ -12,9 +12,9 @@ import contextvars
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any, Concatenate, Generic, TypeVar
 
-from typing_extensions import Concatenate, ParamSpec
+from typing_extensions import ParamSpec
 
 __all__ = ["Twin", "in_thread", "twin"]
 
@@ -36,9 +36,7 @@ async def in_thread(function: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.
             _threads = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="apothic-aio")
     context = contextvars.copy_context()
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(
-        _threads, lambda: context.run(function, *args, **kwargs)
-    )
+    return await loop.run_in_executor(_threads, lambda: context.run(function, *args, **kwargs))
 
 
 class Twin(Generic[_S]):

@@ -23,11 +23,8 @@ from apothic.errors import (
     ConflictError,
     InstanceClosedError,
     InstanceLostError,
-
-
     InstanceNotFoundError,
     PlacementTimeoutError,
-
 )
 from apothic.names import actor_name
 from apothic.options import ClassOptions
@@ -39,7 +36,7 @@ from apothic.values import (
     HookResult,
     InstanceInfo,
 )
-from apothic.volume import StorageMount, check_same_volume
+from apothic.volume import StorageMount
 from ray_backend import ray_api, volumes
 from ray_backend.actors.loading import share_class_identities
 from ray_backend.connection import ensure_connected
@@ -311,9 +308,7 @@ class RayClient(ControlPlaneClient):
                 f"to use it as it is, close it first, or use another id."
             )
 
-    def inspect_instance(
-        self, handle: ClassInstanceHandle, actor: Any, label: str
-    ) -> InstanceInfo:
+    def inspect_instance(self, handle: ClassInstanceHandle, actor: Any, label: str) -> InstanceInfo:
         """Ask an instance how it is."""
         try:
             status = ray.get(actor.apothic_status.remote())
@@ -412,9 +407,7 @@ class RayClient(ControlPlaneClient):
                 if self._leased or instance_names():
                     ray.get(self._manager_actor().stop_all.remote(), timeout=EXIT_WAIT_S)
             elif self._leased:
-                ray.get(
-                    self._manager_actor().release_all.remote(self.holder), timeout=EXIT_WAIT_S
-                )
+                ray.get(self._manager_actor().release_all.remote(self.holder), timeout=EXIT_WAIT_S)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -484,8 +477,6 @@ class RayClient(ControlPlaneClient):
 
 def _connection_identity() -> str:
     return str(ray.get_runtime_context().get_worker_id())
-
-
 
 
 def _close_before_shutdown(close: Callable[[], None]) -> None:

@@ -64,7 +64,6 @@ def ensure_connected(base_url: str | None) -> None:
         raise _translated(error, where) from error
 
 
-
 def _wanted(base_url: str | None) -> _Where:
     if base_url is None:
         address = os.environ.get("RAY_ADDRESS")
@@ -158,7 +157,11 @@ def _translated(error: Exception, where: _Where) -> ConnectionFailedError:
             f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file (on the head: "
             f"~/.ray/auth_token). Ray says: {text[:300]}"
         )
-    if "version mismatch" in low or "different versions" in low or "version" in low and "ray" in low:
+    if (
+        "version mismatch" in low
+        or "different versions" in low
+        or ("version" in low and "ray" in low)
+    ):
         return VersionMismatchError(
             f"the Ray cluster at {source} runs other versions than this process (Ray "
             f"{ray.__version__}, Python {sys.version.split()[0]}). Use the cluster's versions. Ray "

@@ -80,7 +80,7 @@ class RayInstance(InstanceRef):
     ) -> Exception:
         for name, value in [*((f"#{i}", a) for i, a in enumerate(args, 1)), *kwargs.items()]:
             try:
-                ray.cloudpickle.dumps(value)
+                ray.cloudpickle.dumps(value)  # type: ignore[no-untyped-call]
             except Exception as reason:
                 return SerializationError(
                     f"{self.label}.{method.name}: argument {name} of type "
@@ -202,7 +202,8 @@ class RayCall(CallRef):
         while True:
             try:
                 self._instance.wait_for_restart()
-                assert self._args is not None and self._kwargs is not None
+                assert self._args is not None
+                assert self._kwargs is not None
                 self._ref = self._submitter(*self._args, **self._kwargs)
                 return ray.get(self._ref, timeout=timeout_s)
             except rays.RayError as error:

@@ -71,7 +71,8 @@ def _actor_class(spec: ClassSpec, spec_digest: str, plan: InstancePlan) -> Any:
     """Give the actor class of a spec; compiled and exported once per job."""
     key = f"{ray.get_runtime_context().get_job_id()}/{spec_digest}"
     if key not in _compiled:
-        _compiled[key] = ray.remote(concurrency_groups={CONTROL_GROUP: CONTROL_THREADS})(
+        make: Any = ray.remote  # its stubs do not know concurrency groups
+        _compiled[key] = make(concurrency_groups={CONTROL_GROUP: CONTROL_THREADS})(
             compile_actor(plan)
         )
     return _compiled[key]

@@ -16,6 +16,7 @@ __all__ = [
     "is_client_mode",
     "is_own_cluster",
     "live_jobs",
+    "live_nodes",
     "restart_count",
     "session_directory",
 ]
@@ -23,7 +24,8 @@ __all__ = [
 
 def live_jobs() -> set[str]:
     """Name the jobs whose driver lives, as hex ids; a killed driver is gone within milliseconds."""
-    records = _worker.global_worker.gcs_client.get_all_job_info(
+    client: Any = _worker.global_worker.gcs_client  # type: ignore[attr-defined]
+    records = client.get_all_job_info(
         skip_submission_job_info_field=True, skip_is_running_tasks_field=True
     )
     return {key.hex() for key, record in records.items() if not record.is_dead}
@@ -45,14 +47,20 @@ def actor_is_alive(actor_id: str) -> bool:
     )
 
 
-def restart_count(actor_id: str) -> int:
+def live_nodes() -> list[dict[str, Any]]:
+    """Give the nodes of the cluster as ``ray.nodes()`` does."""
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return found
+
+
+def restart_count(actor_id: str | None) -> int:
     """Tell how often an actor's process was replaced."""
-    return int(actor_record(actor_id).get("NumRestarts", 0))
+    return int(actor_record(actor_id).get("NumRestarts", 0)) if actor_id else 0
 
 
 def is_client_mode() -> bool:
     """Tell whether this process talks to the cluster through a ``ray://`` proxy."""
-    return bool(ray.util.client.ray.is_connected())
+    return bool(ray.util.client.ray.is_connected())  # type: ignore[no-untyped-call]
 
 
 def is_own_cluster() -> bool:

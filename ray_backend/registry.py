@@ -225,7 +225,9 @@ class Registry:
 
     def _put(self, key: str, value: bytes, *, overwrite: bool) -> bool:
         """Write; True when the key is new or was to be overwritten."""
-        existed = kv._internal_kv_put(key.encode(), value, overwrite=overwrite, namespace=_NAMESPACE)
+        existed = kv._internal_kv_put(
+            key.encode(), value, overwrite=overwrite, namespace=_NAMESPACE
+        )
         return overwrite or not existed
 
     def _get(self, key: str) -> bytes | None:

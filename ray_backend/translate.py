@@ -115,7 +115,9 @@ def translate(
     if isinstance(error, (rays.ActorUnschedulableError, rays.TaskUnschedulableError)):
         return PlacementError(f"{label} cannot be placed. Ray says: {_first_line(error)}")
     if isinstance(error, getattr(rays, "AuthenticationError", ())):
-        return AuthenticationError(f"{label}: the cluster refused this process. {_first_line(error)}")
+        return AuthenticationError(
+            f"{label}: the cluster refused this process. {_first_line(error)}"
+        )
     if isinstance(error, rays.RayTaskError):
         return _translate_task_error(error, label)
     return BackendError(f"{label}: Ray failed: {type(error).__name__}: {_first_line(error)}")

@@ -31,7 +31,7 @@ def ensure(registry: Registry, volume: StorageMount) -> None:
                 f"volume {volume.name!r} does not exist on this cluster. Make it with Volume.create, "
                 f"or name it with create_if_missing=True."
             )
-        record = {"backend": volume.backend, "size_gb": volume.size_gb}
+        record: dict[str, Any] = {"backend": volume.backend, "size_gb": volume.size_gb}
         if registry.put_volume(volume.name, record):
             return
         found = registry.get_volume(volume.name) or record

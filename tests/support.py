@@ -13,7 +13,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-LOGGED_CLASS = '''
+LOGGED_CLASS = """
 import os, sys, threading, time
 from apothic import App, Cls, enter, exit, method
 
@@ -57,7 +57,7 @@ class Logged:
 
 
 LOG = sys.argv[1]
-'''
+"""
 
 LIFE = ["init", "enter-one", "enter-two", "exit-four", "exit-three"]
 """What the log of a `Logged` instance says after its one whole life."""

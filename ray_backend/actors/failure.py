@@ -7,6 +7,7 @@ the user's exception was made of.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from typing import Any, Literal
@@ -149,7 +150,5 @@ def _adopt_local_class(error: Exception) -> None:
     cls = type(error)
     local = getattr(sys.modules.get(cls.__module__), cls.__qualname__, None)
     if isinstance(local, type) and local is not cls and issubclass(local, Exception):
-        try:
+        with contextlib.suppress(TypeError):  # another layout: it stays the class that came along
             error.__class__ = local
-        except TypeError:
-            pass  # another layout: it stays the class that came along

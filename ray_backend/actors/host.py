@@ -219,9 +219,7 @@ class InstanceHost:
             raise self._closed_failure()
 
     def _closed_failure(self) -> RemoteFailure:
-        return RemoteFailure(
-            "closed", f"{self.plan.label} is closed. Make or name a new instance."
-        )
+        return RemoteFailure("closed", f"{self.plan.label} is closed. Make or name a new instance.")
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -591,7 +589,9 @@ class _Record:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         text = None if error is None else format_error(error)
         if text is not None:
-            print(f"apothic: exit hook {self._name} of {self._label} failed\n{text}", file=sys.stderr)
+            print(
+                f"apothic: exit hook {self._name} of {self._label} failed\n{text}", file=sys.stderr
+            )
         self._stop.hooks.append(
             {
                 "name": self._name,

@@ -23,7 +23,7 @@ REPLACE_GRACE_S = 2.0
 """Seconds that an interrupted call gets to end before its process is replaced."""
 
 
-class CallInterrupted(BaseException):  # noqa: N818 - like KeyboardInterrupt, no `except Exception`
+class CallInterrupted(BaseException):
     """Raised inside a call whose time is up, which was cancelled, or whose instance closes."""
 
 
@@ -65,9 +65,7 @@ class ActiveCall:
 class CallBook:
     """The running calls of one instance."""
 
-    def __init__(
-        self, timeout_s: float, replace_process: Callable[[ActiveCall], None]
-    ) -> None:
+    def __init__(self, timeout_s: float, replace_process: Callable[[ActiveCall], None]) -> None:
         """Watch calls; ``replace_process`` ends a process whose call cannot be interrupted."""
         self._timeout_s = timeout_s
         self._replace_process = replace_process
@@ -274,4 +272,4 @@ def make_sleep_interruptible(book: CallBook) -> None:
 
     sleep.__apothic__ = True  # type: ignore[attr-defined]
     sleep.__doc__ = original.__doc__
-    time.sleep = sleep
+    time.sleep = sleep  # type: ignore[assignment,unused-ignore]

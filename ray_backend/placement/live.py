@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from apothic.errors import NoMatchingOfferError
 from apothic.options import ClassOptions
 from ray_backend.placement.demand import plan
+from ray_backend.ray_api import live_nodes
 
 __all__ = ["explain_on_cluster", "place_on_cluster"]
 
@@ -25,7 +25,7 @@ def place_on_cluster(options: ClassOptions, tied_to: Sequence[str] = ()) -> dict
     Raises:
         NoMatchingOfferError: when no node can ever run it; Ray itself would wait for ever.
     """
-    nodes = [node for node in ray.nodes() if not tied_to or node["NodeID"] in tied_to]
+    nodes = [node for node in live_nodes() if not tied_to or node["NodeID"] in tied_to]
     if len(tied_to) > 1:
         raise NoMatchingOfferError(
             f"its host-local volumes lie on {len(tied_to)} different nodes ({', '.join(tied_to)}): no "
@@ -43,7 +43,7 @@ def explain_on_cluster(options: ClassOptions) -> str:
     """Tell which nodes qualify and why others do not, starting nothing."""
     try:
         found = plan(
-            options.constraints, cpu=options.cpu, memory_mb=options.memory_mb, nodes=ray.nodes()
+            options.constraints, cpu=options.cpu, memory_mb=options.memory_mb, nodes=live_nodes()
         )
     except NoMatchingOfferError as error:
         return str(error)

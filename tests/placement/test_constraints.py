@@ -60,7 +60,7 @@ def test_a_maximum_of_zero_takes_what_is_free(name: str):
         ({"min_vram": 8}, ["'min_vram'", "min_vram_gb"]),
         (
             {"gpu": ["T4", "A100"], "min_vram_gb": 96},
-            ["min_vram_gb=96", "gpu=['T4', 'A100']", "T4 has 16, A100 has 80", "Lower", "80"],
+            ["min_vram_gb=96", "gpu=['T4', 'A100']", "T4 has 16, A100 has 80", "at most 80"],
         ),
     ],
 )

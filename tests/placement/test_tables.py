@@ -62,7 +62,7 @@ def test_something_matches():
           (no offer) 1x unnamed GPU      1  gpu                          not stated  A100 or T4
           (no offer) 8x A100             2  offer_filters.dph_total.lte  not stated  at most 20 USD/h
           (no offer) no GPU              1  gpu                          no GPU      A100 or T4
-    """)  # noqa: E501 - to the letter
+    """)
 
 
 def test_nothing_is_asked():

@@ -48,7 +48,9 @@ def log(tmp_path: Path) -> Path:
     [
         pytest.param(NEW + SAY + "print(inst.close())", id="close"),
         pytest.param("with Logged.new(LOG) as inst:\n    print(inst.pid.remote())", id="with"),
-        pytest.param("with Logged.bind(LOG) as inst:\n    print(inst.pid.remote())", id="with-bind"),
+        pytest.param(
+            "with Logged.bind(LOG) as inst:\n    print(inst.pid.remote())", id="with-bind"
+        ),
         pytest.param(NAMED + SAY + "inst.close()", id="named-close"),
         pytest.param(NAMED + SAY + "Logged.close_named('n')", id="close_named"),
         pytest.param(NEW + SAY + "Logged.close_handle(inst.handle_json)", id="close_handle"),
@@ -172,7 +174,10 @@ def test_instance_shared_by_two_jobs_lives_until_both_are_gone(
     ray_cluster: str, tmp_path: Path, log: Path
 ) -> None:
     first = start_driver(
-        tmp_path, NEW + "print('H', inst.handle_json, flush=True)\n" + WAIT, log, address=ray_cluster
+        tmp_path,
+        NEW + "print('H', inst.handle_json, flush=True)\n" + WAIT,
+        log,
+        address=ray_cluster,
     )
     with running(first):
         handle = read_line(first, "H")

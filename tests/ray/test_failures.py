@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import signal
 import threading
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from apothic import App, enter, exit, method  # noqa: A004
+from apothic import App, enter, exit, method
 from apothic.errors import (
     FunctionTimeoutError,
     InstanceClosedError,
@@ -74,16 +73,6 @@ class Fragile:
     def stuck(self) -> None:
         self.note("stuck")
         ctypes.CDLL(None).sleep(60)
-
-    @method()
-    def stuck_with_gil(self) -> None:
-        self.note("stuck-with-gil")
-        ctypes.PyDLL(None).sleep(60)
-
-    @method()
-    def regex(self) -> None:
-        self.note("regex")
-        re.match(r"(a+)+$", "a" * 40 + "b")
 
 
 @app.cls(cpu=0, memory_mb=10, timeout_s=1)
@@ -191,22 +180,19 @@ def test_python_code_is_interrupted_and_state_kept(
 
 
 @pytest.mark.parametrize("kind", ["new", "named"])
-@pytest.mark.parametrize("verb", ["stuck", "stuck-with-gil", "regex"])
-def test_native_code_has_its_process_replaced(
-    ray_cluster: str, tmp_path: Path, kind: str, verb: str
-) -> None:
+def test_native_code_has_its_process_replaced(ray_cluster: str, tmp_path: Path, kind: str) -> None:
     log = tmp_path / "log"
     inst = Fragile.new(str(log)) if kind == "new" else Fragile.named("native", str(log))
     inst.add.remote(41)
     pid = inst.pid.remote()
     began = time.monotonic()
     with pytest.raises(FunctionTimeoutError, match="lost") as caught:
-        getattr(inst, verb.replace("-", "_")).remote()
+        inst.stuck.remote()
     assert time.monotonic() - began < 1 + 8
     assert caught.value.state_lost
     assert inst.add.remote(1) == 1
     assert process_is_gone(pid)
-    assert words(log) == ["init", "enter", verb, "init", "enter"]
+    assert words(log) == ["init", "enter", "stuck", "init", "enter"]
     inst.close()
 
 

@@ -1,0 +1,1 @@
+"""Measurements against hand-written Ray actors, side by side in one run: ``python -m benchmarks``."""

@@ -1,0 +1,1 @@
+"""A short walk through the verbs, for every Ray release that is supported."""
