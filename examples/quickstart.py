@@ -66,7 +66,8 @@ def main() -> None:
         library.search.remote('"unbalanced')
     except sqlite3.OperationalError as error:
         print(f"remote {type(error).__name__}: {error}")
-        print(f"  {str(error.__cause__).strip().splitlines()[-2].strip()}")
+        lines = [line.strip() for line in str(error.__cause__).splitlines()]
+        print("  remote traceback:", next(line for line in reversed(lines) if line[:4] == "File"))
 
     named = Library.named("shared", limit=20)
     again = Library.from_handle(named.handle_json)

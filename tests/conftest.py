@@ -40,7 +40,11 @@ def cluster() -> Iterator[str]:
 @pytest.fixture
 def ray_cluster(cluster: str) -> Iterator[str]:
     """Give the shared cluster's address; afterwards no instance may be left on it."""
-    from ray_backend.manager import instance_names
+    from ray_backend.manager import instance_names, stop_actor
 
     yield cluster
-    eventually(lambda: not instance_names())
+    try:
+        eventually(lambda: not instance_names())
+    finally:
+        for name in instance_names():  # so that one failing test does not fail those after it
+            stop_actor(name)

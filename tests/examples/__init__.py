@@ -1,0 +1,1 @@
+"""Tests of the examples, each started as a user would."""
