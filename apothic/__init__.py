@@ -8,7 +8,7 @@ The layers, top to bottom:
   `apothic.instance`, `apothic.function`), over `apothic.targets` and `apothic.calls`, which count,
   scale and retry.
 - `ControlPlaneClient`: the seam (`apothic.backend`). Engines stand behind it; the one on Ray is found
-  when it is first needed, and `apothic.testing` has one that runs in this process.
+  when it is first needed.
 - Values that travel (`apothic.values`), the pickling of classes (`apothic.packing`) and every error
   (`apothic.errors`).
 

@@ -2,8 +2,7 @@
 
 An engine implements `ControlPlaneClient`, `InstanceRef`, `CallRef` and `ItemStream`, and registers
 a ``connect(base_url) -> ControlPlaneClient`` under the entry-point group ``apothic.backends``. It is
-imported at first use, so that importing the API loads no engine. `apothic.testing` has one that runs
-in this process; the same conformance tests hold for both.
+imported at first use, so that importing the API loads no engine.
 """
 
 from __future__ import annotations
@@ -284,7 +283,7 @@ def connect(
 def use_client(client: ControlPlaneClient | None) -> ControlPlaneClient | None:
     """Make ``client`` what everything connects to by default; give the previous one.
 
-    `apothic.testing` uses it to put its in-process engine in place. None restores the engine.
+    A program's tests can put an engine of their own in place with it. None restores the engine.
     """
     global _default
     with _lock:

@@ -32,7 +32,7 @@ def test_import_is_light() -> None:
         assert run.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", [name for name in errors.__all__])
+@pytest.mark.parametrize("name", list(errors.__all__))
 def test_errors_survive_pickling(name: str) -> None:
     cls = getattr(errors, name)
     error = cls("a.B", "text", "trace") if name == "RemoteError" else cls("text")
