@@ -115,7 +115,7 @@ class RetryingCall(CallRef):
             return self._future.result(timeout_s)
         except FutureTimeout:
             if self._future.done():
-                raise
+                return self._future.result()  # the call's own error, or it ended just now
             raise WaitTimeoutError(
                 f"the call has not ended after {timeout_s} s, retries included; it goes on. Wait "
                 f"longer, or cancel it."

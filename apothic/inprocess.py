@@ -36,7 +36,7 @@ class FutureCall(CallRef):
             raise JobCancelledError("the call was cancelled.") from None
         except FutureTimeout:
             if self._future.done():
-                raise  # the call's own error
+                return self._future.result()  # the call's own error, or it ended just now
             raise WaitTimeoutError(
                 f"the call has not ended after {timeout_s} s; it goes on. Wait longer, or cancel it."
             ) from None

@@ -16,7 +16,10 @@ import pickle
 import site
 import sys
 import sysconfig
+import threading
 import types
+import weakref
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -58,13 +61,8 @@ def dumps(value: object, *, by_value: bool = True) -> bytes:
     Raises:
         SerializationError: naming the type, the reason and what to do.
     """
-    modules = [sys.modules[name] for name in local_modules()] if by_value else []
-    registered = []
+    registered = _register(local_modules()) if by_value else []
     try:
-        for module in modules:
-            if module.__name__ not in internals.list_registry_pickle_by_value():
-                cloudpickle.register_pickle_by_value(module)
-                registered.append(module)
         buffer = io.BytesIO()
         _Pickler(buffer).dump(value)
         return buffer.getvalue()
@@ -75,8 +73,33 @@ def dumps(value: object, *, by_value: bool = True) -> bytes:
             f"hook, not at module level or in arguments."
         ) from error
     finally:
-        for module in registered:
-            cloudpickle.unregister_pickle_by_value(module)
+        _unregister(registered)
+
+
+_registrations: Counter[str] = Counter()
+_registering = threading.Lock()
+
+
+def _register(names: list[str]) -> list[types.ModuleType]:
+    """Have modules pickled by value; several threads may want the same one at the same time."""
+    modules = [sys.modules[name] for name in names if name in sys.modules]
+    with _registering:
+        # What the user registered stays registered.
+        foreign = internals.list_registry_pickle_by_value() - set(_registrations)
+        modules = [module for module in modules if module.__name__ not in foreign]
+        for module in modules:
+            cloudpickle.register_pickle_by_value(module)
+            _registrations[module.__name__] += 1
+    return modules
+
+
+def _unregister(modules: list[types.ModuleType]) -> None:
+    with _registering:
+        for module in modules:
+            _registrations[module.__name__] -= 1
+            if not _registrations[module.__name__]:
+                del _registrations[module.__name__]
+                cloudpickle.unregister_pickle_by_value(module)
 
 
 def local_modules() -> list[str]:
@@ -205,7 +228,27 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no
             return make, tuple(_sort_sets(arg) for arg in args)
         elif isinstance(obj, BaseException) and _plain_reduce(type(obj)):
             return _rebuild_exception, (type(obj), obj.args, _state_of(obj))
-        return super().reducer_override(obj)
+        reduced = super().reducer_override(obj)
+        if isinstance(reduced, tuple) and reduced[-1] is internals._class_setstate:
+            # This process has the class whole: it comes back to what it was, see _fill_class.
+            _whole_classes.add(obj)
+            return (*reduced[:-1], _fill_class)
+        return reduced
+
+
+_whole_classes: weakref.WeakSet[type[Any]] = weakref.WeakSet()
+
+
+def _fill_class(cls: type[Any], state: Any) -> type[Any]:
+    """Give a class that came along its members, unless this process has it already.
+
+    cloudpickle would replace the members of the caller's own class whenever an instance or exception
+    of it came back: its functions would then see copies of their module's globals.
+    """
+    if cls not in _whole_classes:
+        internals._class_setstate(cls, state)
+        _whole_classes.add(cls)
+    return cls
 
 
 def _pin_class_id(cls: type[Any]) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "CloseReport",
     "HookResult",
     "InstanceInfo",
+    "InstanceState",
     "MethodInfo",
     "MethodKind",
     "ParameterInfo",

@@ -28,7 +28,8 @@ class Ours:
 
     @method()
     def items(self, count: int) -> Iterator[int]:
-        yield from range(count)
+        for number in range(count):
+            yield number
 
 
 @ray.remote(num_cpus=0)
@@ -37,7 +38,8 @@ class Raw:
         return value
 
     def items(self, count: int) -> Iterator[int]:
-        yield from range(count)
+        for number in range(count):  # Ray wants a generator that has `send`
+            yield number
 
 
 def compare(
