@@ -28,7 +28,7 @@ class Ours:
 
     @method()
     def items(self, count: int) -> Iterator[int]:
-        for number in range(count):
+        for number in range(count):  # noqa: UP028 - as the raw one
             yield number
 
 
@@ -38,7 +38,7 @@ class Raw:
         return value
 
     def items(self, count: int) -> Iterator[int]:
-        for number in range(count):  # Ray wants a generator that has `send`
+        for number in range(count):  # noqa: UP028 - Ray wants a generator that has `send`
             yield number
 
 
