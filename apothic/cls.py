@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from inspect import BoundArguments, Signature
-from typing import Any
+from typing import Any, Final
 
 from apothic.backend import CallRef as _CallRef
 from apothic.backend import ControlPlaneClient, InstanceRef, StartRequest, connect
@@ -768,16 +768,16 @@ class ClsAio(Twin[Cls]):
 
     __slots__ = ()
 
-    inspect = twin(Cls.inspect)
-    explain = twin(Cls.explain)
-    remote = twin(Cls.remote)
-    bind = twin(Cls.bind)
-    new = twin(Cls.new)
-    named = twin(Cls.named)
-    local = twin(Cls.local)
-    attach = twin(Cls.attach)
-    close_handle = twin(Cls.close_handle)
-    close_named = twin(Cls.close_named)
+    inspect: Final = twin(Cls.inspect)
+    explain: Final = twin(Cls.explain)
+    remote: Final = twin(Cls.remote)
+    bind: Final = twin(Cls.bind)
+    new: Final = twin(Cls.new)
+    named: Final = twin(Cls.named)
+    local: Final = twin(Cls.local)
+    attach: Final = twin(Cls.attach)
+    close_handle: Final = twin(Cls.close_handle)
+    close_named: Final = twin(Cls.close_named)
 
     async def from_name(
         self, app_name: str, class_name: str, *, client: ControlPlaneClient | None = None
@@ -791,13 +791,13 @@ class BoundClsAio(Twin[BoundCls]):
 
     __slots__ = ()
 
-    bind = twin(BoundCls.bind)
-    remote = twin(BoundCls.remote)
-    local = twin(BoundCls.local)
-    new = twin(BoundCls.new)
-    named = twin(BoundCls.named)
-    close_handle = twin(BoundCls.close_handle)
-    close_named = twin(BoundCls.close_named)
+    bind: Final = twin(BoundCls.bind)
+    remote: Final = twin(BoundCls.remote)
+    local: Final = twin(BoundCls.local)
+    new: Final = twin(BoundCls.new)
+    named: Final = twin(BoundCls.named)
+    close_handle: Final = twin(BoundCls.close_handle)
+    close_named: Final = twin(BoundCls.close_named)
 
 
 class _Closer(InstanceRef):

@@ -63,6 +63,9 @@ STOPPING_WAIT_S = 60.0
 EXIT_WAIT_S = 60.0
 """Seconds that the end of a process waits for the exit hooks of what it leased."""
 
+SUCCESSOR_WAIT_S = 15.0
+"""Seconds to wait for the process after one that hung, which says what became of its calls."""
+
 _lock = threading.Lock()
 _client: RayClient | None = None
 
@@ -360,9 +363,25 @@ class RayClient(ControlPlaneClient):
             if name in alive and app in (None, lease["app"]) and cls in (None, lease["cls"])
         ]
 
-    def take_timeout(self, task_id: str) -> str | None:
-        """Read what a replaced process left for a call."""
-        return self._registry.take_timeout(task_id)
+    def take_timeout(self, task_id: str, actor_id: str, *, overdue: bool) -> str | None:
+        """Read what a replaced process left for a call.
+
+        A process that hung with the interpreter lock could leave none; its successor does. For a call
+        that is ``overdue`` this waits until the successor is there, or none is coming.
+        """
+        found = self._registry.take_timeout(task_id)
+        if found is not None or not overdue or self.is_proxy:
+            return found
+        began = time.monotonic()
+        while time.monotonic() - began < SUCCESSOR_WAIT_S:
+            state = ray_api.actor_record(actor_id).get("State")
+            found = self._registry.take_timeout(task_id)
+            # Its death may be news to the GCS: for a moment it still says ALIVE.
+            settled = state == "ALIVE" and time.monotonic() - began > 1.0
+            if found is not None or settled or state not in ("ALIVE", "RESTARTING"):
+                return found
+            time.sleep(0.05)
+        return None
 
     # -- secrets and volumes ---------------------------------------------------------------------
 
