@@ -40,6 +40,7 @@ def cluster() -> Iterator[str]:
 
     assert not ray.is_initialized()
     ray.init(
+        address="local",  # whatever else runs on this machine
         num_cpus=8,
         namespace="apothic",
         include_dashboard=False,

@@ -86,6 +86,11 @@ def test_eight_processes_name_five_ids(ray_cluster: str, tmp_path: Path) -> None
 def test_a_pool_loses_nothing_when_a_replica_is_killed(ray_cluster: str, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     pool = Squares.bind(str(pids))
+
+    def replicas(number: int) -> bool:
+        assert pool.square.map(range(40)) == [(n, n * n) for n in range(40)]
+        return len(pids.read_text().split()) == number
+
     done = 0
     lock = threading.Lock()
     reached = threading.Event()
@@ -102,19 +107,15 @@ def test_a_pool_loses_nothing_when_a_replica_is_killed(ray_cluster: str, tmp_pat
         return found
 
     try:
+        eventually(lambda: replicas(3))
         with ThreadPoolExecutor(8) as threads:
             running_callers = [threads.submit(caller, k) for k in range(8)]
             assert reached.wait(120)
             alive = [int(line) for line in pids.read_text().split()]
-            assert len(alive) == 3
             os.kill(alive[1], signal.SIGKILL)
             results = [pair for future in running_callers for pair in future.result(120)]
         assert Counter(results) == Counter((n, n * n) for n in range(2000))
 
-        def replaced() -> bool:
-            assert pool.square.map(range(40)) == [(n, n * n) for n in range(40)]
-            return len(pids.read_text().split()) == 4
-
-        eventually(replaced)
+        eventually(lambda: replicas(4))  # the killed one is replaced
     finally:
         pool.close()
