@@ -91,7 +91,7 @@ def test_a_call_knows_its_task_id_as_its_reference_does(ray_cluster: str) -> Non
 def test_session_directory_is_the_nodes(ray_cluster: str) -> None:
     directory = ray_api.session_directory()
     assert (directory / "logs").is_dir()
-    assert ray.get(Plain.remote().session.remote()) == str(directory)
+    assert ray.get([Plain.remote().session.remote()]) == [str(directory)]
 
 
 def test_kind_of_connection(ray_cluster: str) -> None:
