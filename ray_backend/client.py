@@ -237,6 +237,11 @@ class RayClient(ControlPlaneClient):
         """Wait for ``enter``; what cannot become ready is removed before the error is raised."""
         wait_ready(self, instance)
 
+    def died_at_start(self, instance: RayInstance) -> bool:
+        """Tell whether an instance that lost its process had never been ready."""
+        record = self._registry.start_record(self._name(instance.handle))
+        return bool(record.begun) and not record.was_ready
+
     def inspect_instance(self, handle: ClassInstanceHandle, actor: Any, label: str) -> InstanceInfo:
         """Ask an instance how it is."""
         try:

@@ -15,6 +15,7 @@ from apothic.errors import (
     ConflictError,
     InstanceClosedError,
     InstanceLostError,
+    InstanceStartError,
     PlacementTimeoutError,
 )
 from ray_backend import ray_api
@@ -67,6 +68,13 @@ def _wait_once(client: RayClient, instance: RayInstance, request: StartRequest |
         found = translate(error, label)
         failure = failure_inside(error)
         started_badly = failure is not None and failure.kind == "start"
+        if isinstance(found, InstanceLostError) and client.died_at_start(instance):
+            found = InstanceStartError(
+                f"{label} did not start: its process ended while it was constructed or entered, by "
+                f"running out of memory, os._exit or a crash in native code; nothing was left "
+                f"behind. Its log on the node tells more. {found}"
+            )
+            started_badly = True
         if started_badly or (request is not None and not request.reuse):
             client.close_instance(instance)
         raise found from found.__cause__

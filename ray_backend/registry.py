@@ -10,14 +10,26 @@ import json
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray.experimental import internal_kv as kv
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "StartRecord"]
 
 _NAMESPACE = b"apothic-v1"
 _TIMEOUT_WORD_S = 3600.0
+
+
+class StartRecord(NamedTuple):
+    """How the starts of an instance's processes went.
+
+    Attributes:
+        begun: starts since it was last ready.
+        was_ready: it has been ready once.
+    """
+
+    begun: int
+    was_ready: bool
 
 
 class Registry:
@@ -190,6 +202,27 @@ class Registry:
         self._delete(f"lease/{actor_name}")
         self.delete_blob(self.arguments_key(actor_name))
         self._delete(f"replaced/{actor_name}")
+        self._delete(f"start/{actor_name}")
+
+    # -- starts ----------------------------------------------------------------------------------
+
+    def note_start(self, actor_name: str) -> None:
+        """Count a start that begins."""
+        found = self.start_record(actor_name)
+        self._put_start(actor_name, found._replace(begun=found.begun + 1))
+
+    def note_ready(self, actor_name: str) -> None:
+        """Note that the start has come to its end."""
+        self._put_start(actor_name, StartRecord(0, was_ready=True))
+
+    def start_record(self, actor_name: str) -> StartRecord:
+        """Tell how an instance's starts went."""
+        found = self._get_json(f"start/{actor_name}")
+        return StartRecord(0, was_ready=False) if found is None else StartRecord(**found)
+
+    def _put_start(self, actor_name: str, record: StartRecord) -> None:
+        content = json.dumps(record._asdict()).encode()
+        self._put(f"start/{actor_name}", content, overwrite=True)
 
     # -- words left by a process for its callers and its successor ---------------------------------
 

@@ -105,6 +105,7 @@ class _Shell:
                 consumer_lives=worker.consumer_lives,
                 cleanup=worker.cleanup,
                 guard=worker.guard(),
+                started=worker.started,
             ),
         )
         _stop_on_sigterm(host, worker.remove)

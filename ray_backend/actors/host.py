@@ -93,6 +93,7 @@ class HostServices:
 
     Attributes:
         prepare: makes secrets, volumes and files ready, before the class is loaded.
+        started: notes that ``enter`` has finished.
         load: gives the user's class and the constructor's ``(args, kwargs)``.
         submit_exit: has `run_exit_hooks` (or its async twin) called where user code runs.
         remove: removes the actor for good.
@@ -109,6 +110,7 @@ class HostServices:
     remove: Callable[[], None]
     replace: Callable[[str, str], None]
     task_id: Callable[[], Any]
+    started: Callable[[], None] = lambda: None
     consumer_lives: Callable[[str], bool] = lambda _: True
     cleanup: Callable[[], None] = lambda: None
     guard: HangGuard | None = None
@@ -202,6 +204,7 @@ class InstanceHost:
             self._bound[name] = getattr(self._object, name)
 
     def _start_succeeded(self) -> None:
+        self._services.started()
         with self._lock:
             self._started_unix_s = time.time()
             if self._state == "starting":
@@ -579,7 +582,9 @@ class InstanceHost:
             await self._on_thread(hook)
 
     async def _on_thread(self, function: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, partial(_without_stop_iteration, function)
+        )
 
 
 class _Record:
@@ -594,20 +599,31 @@ class _Record:
         self._begin = time.perf_counter()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        text = None if error is None else format_error(error)
-        if text is not None:
+        failure: RemoteFailure | None = None
+        if error is not None:
+            failure = error if isinstance(error, RemoteFailure) else capture(error)
+        if failure is not None:
             print(
-                f"apothic: exit hook {self._name} of {self._label} failed\n{text}", file=sys.stderr
+                f"apothic: exit hook {self._name} of {self._label} failed\n{failure.trace}",
+                file=sys.stderr,
             )
         self._stop.hooks.append(
             {
                 "name": self._name,
                 "duration_s": time.perf_counter() - self._begin,
-                "error": None if error is None else f"{type(error).__name__}: {error}",
-                "traceback": text,
+                "error": None if failure is None else failure.text,
+                "traceback": None if failure is None else failure.trace,
             }
         )
         return True
+
+
+def _without_stop_iteration(function: Callable[[], Any]) -> Any:
+    """Call; a future cannot hold StopIteration: who awaits it would wait for ever."""
+    try:
+        return function()
+    except StopIteration as error:
+        raise capture(error) from None
 
 
 def _step(items: Any) -> tuple[bool, Any]:

@@ -24,6 +24,9 @@ from ray_backend.registry import Registry
 
 __all__ = ["WorkerServices"]
 
+MAX_STARTS = 3
+"""Starts in a row that may end with their process before an instance that was ready is given up."""
+
 _MANAGER_WAIT_S = 2.0
 _PYTHON_SOURCE = "apothic:python/"
 
@@ -74,6 +77,14 @@ class WorkerServices:
         if not self.restarted:
             return
         hung = self._report_hang()
+        begun, was_ready = self._registry.start_record(self._plan.actor_name)
+        if begun >= (MAX_STARTS if was_ready else 1):
+            raise RemoteFailure(
+                "start",
+                f"{self._plan.label}: its process ended before it was ready, {begun} times in a row, so "
+                f"it is not started again. Look at its log for why: out of memory, os._exit or a crash "
+                f"in native code.",
+            )
         if self._plan.named or hung:
             return
         if not self._registry.take_replaced(self._plan.actor_name):
@@ -98,6 +109,7 @@ class WorkerServices:
 
     def prepare(self) -> None:
         """Set secrets, volumes and files up, in that order, before the class is loaded."""
+        self._registry.note_start(self._plan.actor_name)
         share_class_identities()
         for name in self._plan.secrets:
             variables = self._registry.get_secret(name)
@@ -115,6 +127,10 @@ class WorkerServices:
             os.chdir(self._plan.workdir)
         for remote, digest in self._plan.files:
             self._unpack(remote, digest)
+
+    def started(self) -> None:
+        """Note that this process has become ready."""
+        self._registry.note_ready(self._plan.actor_name)
 
     def _unpack(self, remote: str, digest: str) -> None:
         content = self._fetch(digest)

@@ -18,6 +18,7 @@ from apothic.errors import (
     FunctionTimeoutError,
     InstanceClosedError,
     InstanceLostError,
+    InstanceStartError,
     JobCancelledError,
 )
 from ray_backend.manager import instance_names
@@ -174,6 +175,51 @@ def test_ray_kill_from_outside(ray_cluster: str) -> None:
     fresh = Fragile.named("outside")
     assert fresh.add.remote() == 1
     fresh.close()
+
+
+# -- processes that end before they are ready -----------------------------------------------------
+
+
+@app.cls(cpu=0, memory_mb=10)
+class Doomed:
+    def __init__(self, log: str, ends: int) -> None:
+        with open(log, "a") as file:
+            file.write("init\n")
+        if len(Path(log).read_text().split()) in range(*divmod(ends, 10)):
+            os._exit(3)
+
+    @method()
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@pytest.mark.parametrize("kind", ["new", "named", "remote"])
+def test_constructor_that_ends_the_process(ray_cluster: str, tmp_path: Path, kind: str) -> None:
+    log = tmp_path / "log"
+    arguments = (str(log), 9)  # ends every time
+    with pytest.raises(InstanceStartError, match="process ended while it was constructed"):
+        Doomed.named("doomed", *arguments) if kind == "named" else getattr(Doomed, kind)(*arguments)
+    eventually(lambda: not instance_names())
+    assert words(log) == ["init"]
+
+
+def test_named_instance_that_cannot_come_back_is_given_up(ray_cluster: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    inst = Doomed.named("doomed-later", str(log), 29)  # the second time to the eighth
+    os.kill(inst.pid.remote(), signal.SIGKILL)
+    eventually(lambda: not instance_names())
+    assert words(log) == ["init"] * 4
+    with pytest.raises((InstanceLostError, InstanceClosedError)):
+        inst.pid.remote()
+
+
+def test_named_instance_gets_a_second_chance(ray_cluster: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    inst = Doomed.named("doomed-once", str(log), 23)  # the second time only
+    os.kill(inst.pid.remote(), signal.SIGKILL)
+    eventually(lambda: words(log) == ["init"] * 3)
+    assert inst.pid.remote()
+    inst.close()
 
 
 # -- time limits ----------------------------------------------------------------------------------
