@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ray_backend.sandbox.agent import build
+from ray_backend.sandbox.agent.binaries import agent_binary
 from tests.sandbox_agent.harness import Agent, running
 
 NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
@@ -27,11 +27,10 @@ def checked_agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shipped_agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the agent as it is shipped, for this machine."""
-    if importlib.util.find_spec("ziglang") is None:
-        pytest.skip("the package ziglang is not installed")
-    return build.build(tmp_path_factory.mktemp("agent"), [platform.machine()])[0]
+def shipped_agent() -> Path:
+    """Give the agent as it is shipped, for this machine; built anew if its sources have changed."""
+    build.build()
+    return agent_binary(platform.machine())
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +59,10 @@ def agent(launch: Callable[..., Agent]) -> Agent:
     return launch()
 
 
-@pytest.fixture(params=["process", "init"])
-def any_agent(request: pytest.FixtureRequest, launch: Callable[..., Agent]) -> Agent:
-    """Give a running agent, once as an ordinary process and once as PID 1."""
-    wrap = request.getfixturevalue("namespace") if request.param == "init" else ()
-    return launch(wrap=wrap)
+@pytest.fixture(params=["process", "init", "shipped"])
+def any_agent(request: pytest.FixtureRequest) -> Iterator[Agent]:
+    """Give a running agent: with sanitizers as an ordinary process and as PID 1, and as shipped."""
+    wrap = () if request.param == "process" else request.getfixturevalue("namespace")
+    name = "shipped_agent" if request.param == "shipped" else "checked_agent"
+    with running(request.getfixturevalue(name), wrap=wrap) as agent:
+        yield agent

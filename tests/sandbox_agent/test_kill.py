@@ -6,6 +6,7 @@ environment unless it has dropped it, in which case it tells its process id.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -107,24 +108,28 @@ def test_nothing_is_alive_afterwards(any_agent: Agent, row: str, grace_ms: int):
 PIDS_MAX = 64
 
 
+def make_group() -> Path:
+    """Make a control group that can limit processes, of either version; skips without root."""
+    for parent in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")):
+        group = parent / f"apothic-test-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            if (group / "pids.max").exists():
+                return group
+            group.rmdir()
+    pytest.skip("no control group for processes can be made here (needs root)")
+
+
 @pytest.fixture
 def limited() -> Iterator[Path]:
     """Give a control group that holds no more than PIDS_MAX processes, whoever they are of."""
-    for parent in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")):
-        group = parent / f"apothic-test-{os.getpid()}"
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            if (group / "pids.max").exists():
-                (group / "pids.max").write_text(str(PIDS_MAX))
-                yield group
-                wait_until(lambda: not members(group), "the control group is empty")
-                return
-        finally:
-            group.rmdir()
-    pytest.skip("no control group for processes can be made here (needs root)")
+    group = make_group()
+    try:
+        (group / "pids.max").write_text(str(PIDS_MAX))
+        yield group
+        wait_until(lambda: not members(group), "the control group is empty")
+    finally:
+        group.rmdir()
 
 
 def members(group: Path) -> list[str]:
