@@ -227,7 +227,7 @@ class Engine:
             except docker.errors.NotFound:
                 return None
         state = found["State"]
-        over = state["Status"] in ("exited", "dead")
+        over = state["Status"] in ("exited", "dead", "removing") and not state.get("Running")
         return ContainerState(
             id=found["Id"],
             name=found["Name"].lstrip("/"),

@@ -9,7 +9,9 @@ of which it keeps the last 256.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from datetime import datetime
 
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.translate import translated
@@ -67,7 +69,7 @@ def ask_outcome(engine: Engine, container_id: str, *, timeout_s: float = 10.0) -
         return Outcome(True, None, found is not None and found.oom_killed)
     found = engine.inspect(container_id)
     if found is not None:
-        return Outcome(found.running, found.exit_code, found.oom_killed)
+        return Outcome(found.running, found.exit_code or exit_code, found.oom_killed)
     oom_killed = False
     for action, attributes in _events(engine, container_id):
         if action == "oom":
@@ -80,9 +82,9 @@ def ask_outcome(engine: Engine, container_id: str, *, timeout_s: float = 10.0) -
 def _events(engine: Engine, container_id: str) -> list[tuple[str, dict[str, str]]]:
     with translated("give its events"):
         # Its own clock, which may differ from ours; with an end in the past the answer ends at once.
-        until = engine.api.info()["SystemTime"]
+        until = _unix_time(engine.api.info()["SystemTime"])
         stream = engine.api.events(
-            since="0",  # type: ignore[call-overload]
+            since="1",  # type: ignore[call-overload]
             until=until,
             filters={"container": container_id, "event": ["oom", "die"]},
         )
@@ -94,3 +96,10 @@ def _events(engine: Engine, container_id: str) -> list[tuple[str, dict[str, str]
         event, at = decoder.raw_decode(text, at)
         events.append((event["Action"], event["Actor"]["Attributes"]))
     return events
+
+
+def _unix_time(text: str) -> str:
+    """Turn an RFC 3339 time with up to nine digits of a second into what ``/events`` takes."""
+    whole, fraction = re.sub(r"\.\d+", "", text), re.search(r"\.(\d+)", text)
+    seconds = datetime.fromisoformat(whole.replace("Z", "+00:00")).timestamp()
+    return f"{int(seconds)}.{fraction[1] if fraction else '0':0<9}"
