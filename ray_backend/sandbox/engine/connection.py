@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import docker.errors
 import requests.exceptions
@@ -238,6 +238,14 @@ class Engine:
             pid=state.get("Pid") or None,
             error=state.get("Error") or "",
         )
+
+    def inspect_image(self, reference: str) -> dict[str, Any] | None:
+        """Give the engine's own record of a present image, or None."""
+        with translated(f"inspect the image {reference!r}"):
+            try:
+                return cast(dict[str, Any], self.api.inspect_image(reference))  # type: ignore[no-untyped-call]
+            except docker.errors.ImageNotFound:
+                return None
 
     def wait(self, container: str, timeout_s: float) -> int | None:
         """Wait until a container does not run; give PID 1's exit status, None when it is gone.

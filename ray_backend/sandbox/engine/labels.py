@@ -10,12 +10,14 @@ from pathlib import Path
 
 __all__ = [
     "AGENT",
+    "AGENT_VOLUME",
+    "BASE",
     "BRIDGE",
     "BUILD",
+    "BUILD_UNFINISHED",
     "CLUSTER",
     "NAMESPACE",
     "NETWORK",
-    "RECIPE",
     "SESSION",
     "OwnerLabels",
     "RayletId",
@@ -29,12 +31,15 @@ RAYLET = "apothic.raylet"
 
 AGENT = "apothic.agent"
 """On volumes: the digest of the agent that one holds, or is to hold."""
+AGENT_VOLUME = "apothic.agent.volume"
+"""On the empty volume that says which one was filled first: its name."""
 NETWORK = "apothic.network"
 BRIDGE = "apothic.bridge"
 """On networks: the name of the bridge interface, which the firewall's rules name."""
 BUILD = "apothic.build"
-"""On what a build makes on the way: the tag it builds. Empty on finished images."""
-RECIPE = "apothic.recipe"
+"""On what a build makes on the way: `BUILD_UNFINISHED`. Empty on finished images."""
+BUILD_UNFINISHED = "unfinished"
+BASE = "apothic.base"
 """On finished images: the id of the image that the recipe's base was when it was built."""
 
 _RAYLET = re.compile(r"([1-9][0-9]*):([0-9]+):([0-9]+)")
