@@ -30,6 +30,7 @@ __all__ = [
 
 OLDEST_API = (1, 41)  # Docker 20.10, of December 2020
 NEWEST_API = (1, 51)  # later engines speak it as well, until they say otherwise
+PROBE_TIMEOUT_S = 10.0
 
 DiskLimit = Literal["none", "enforced", "watch"]
 
@@ -139,8 +140,8 @@ class Engine:
             SandboxEngineError: no socket, refused, no answer, or too old; each says what helps.
         """
         address = EngineAddress.find(docker_host)
-        address.check(timeout_s=10.0)
-        probe = _client(address, OLDEST_API, timeout_s=10.0)
+        address.check(timeout_s=PROBE_TIMEOUT_S)
+        probe = _client(address, OLDEST_API, timeout_s=PROBE_TIMEOUT_S)
         with contextlib.closing(probe), translated("say its version"):
             try:
                 version = probe.version(api_version=False)

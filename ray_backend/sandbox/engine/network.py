@@ -25,7 +25,7 @@ from ray_backend.sandbox.engine.firewall import (
     remove_rules,
 )
 from ray_backend.sandbox.engine.labels import BRIDGE, NETWORK, OwnerLabels
-from ray_backend.sandbox.engine.locks import held
+from ray_backend.sandbox.engine.locks import held, held_if_free
 from ray_backend.sandbox.engine.translate import translated
 
 __all__ = [
@@ -121,10 +121,8 @@ def remove_network_if_unused(engine: Engine, network: InternetNetwork) -> bool:
     """Remove a network and its rules; False when a container or one being created needs it."""
     if network.owner is None:
         return False
-    # Not waited for: who holds it creates a container just now.
-    from ray_backend.sandbox.engine.locks import held_if_free
-
     owner = network.owner
+    # Not waited for: who holds it creates a container just now.
     with held_if_free("network", engine.info.id, owner.cluster, owner.namespace) as free:
         if not free:
             return False
