@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -17,7 +18,9 @@ import requests.exceptions
 from apothic.errors import ImageNotFoundError, SandboxEngineError
 from ray_backend.sandbox.engine.address import EngineAddress
 from ray_backend.sandbox.engine.connection import Engine
+from ray_backend.sandbox.engine.launch import Launched
 from ray_backend.sandbox.engine.translate import KNOWN_ERRORS, to_sandbox_error, translated
+from tests.docker.support import new_owner, read_line, spec_of, with_container
 
 
 def test_every_error_of_the_library_is_known_and_translated():
@@ -34,6 +37,8 @@ def test_every_error_of_the_library_is_known_and_translated():
         error.args = ("text",)
         if isinstance(error, docker.errors.APIError):
             error.response = error.explanation = None
+        elif isinstance(error, docker.errors.TLSParameterError):
+            error.msg = "text"
         assert isinstance(to_sandbox_error(error, "work"), SandboxEngineError | ImageNotFoundError)
 
 
@@ -172,10 +177,6 @@ def test_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_over_tcp(engine: Engine):
     """The same engine behind a TCP port: requests and the attached stream."""
-    import asyncio
-
-    from tests.docker.support import new_owner, read_line, spec_of, with_container
-
     path = engine.address.socket_path
     if path is None:
         pytest.skip("the engine is behind TCP already")
@@ -200,7 +201,7 @@ def test_over_tcp(engine: Engine):
     def _use_over_tcp(host: str) -> None:
         remote = Engine.connect(host)
 
-        async def body(launched) -> None:
+        async def body(launched: Launched) -> None:
             launched.stream.write(b"over tcp\n")
             assert await read_line(launched.stream) == "over tcp"
 

@@ -13,7 +13,12 @@ from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.container import CAPABILITIES, RUNTIME_VARIABLE
 from ray_backend.sandbox.engine.labels import SESSION, OwnerLabels
 from ray_backend.sandbox.engine.launch import Launched, launch
-from ray_backend.sandbox.engine.outcome import OOM_COUNTER_FILES, ask_outcome, parse_oom_kills
+from ray_backend.sandbox.engine.outcome import (
+    OOM_COUNTER_FILES,
+    ask_outcome,
+    count_oom_events,
+    parse_oom_kills,
+)
 from tests.docker.support import (
     read_all,
     read_line,
@@ -118,7 +123,7 @@ def test_remove_is_idempotent(engine: Engine, owner: OwnerLabels):
         created = engine.create_container(spec_of(owner))
         engine.start(created.id)
         with ThreadPoolExecutor(8) as pool:  # some meet the engine while it removes
-            removed = list(pool.map(lambda _: engine.remove(created.id), range(8)))
+            removed = list(pool.map(engine.remove, [created.id] * 8))
         assert any(removed)
         assert engine.inspect(created.id) is None
         assert not engine.remove(created.id)
@@ -154,12 +159,11 @@ def test_exit_status(engine: Engine, owner: OwnerLabels, keep: bool):
 
 
 def test_out_of_memory_of_a_child(engine: Engine, owner: OwnerLabels):
-    """All three sources: the counter inside, the live container, the events of one that is gone."""
+    """The counter inside, and the engine's events, also once the container is gone."""
     look = "; ".join(f"cat {path} 2>/dev/null" for path in OOM_COUNTER_FILES)
     script = f"{look}; echo =; tail -c 300m /dev/zero | wc -c >/dev/null; {look}; echo .; read x"
 
-    async def run() -> None:
-        launched = await launch(engine, spec_of(owner, "/bin/sh", "-c", script, memory_mb=32))
+    async def body(launched: Launched) -> None:
         text = ""
         while not text.endswith(".\n"):
             piece = await launched.stream.read()
@@ -167,18 +171,17 @@ def test_out_of_memory_of_a_child(engine: Engine, owner: OwnerLabels):
             text += piece[1].decode() if piece[0] == 1 else ""
         before, after = map(parse_oom_kills, text.split("=\n"))
         assert (before, after) == (0, 1)
+        assert count_oom_events(engine, launched.id) == 1
         state = engine.inspect(launched.id)
         assert state is not None
         assert state.running
-        assert state.oom_killed
         launched.stream.write_eof()
         await read_all(launched.stream)
-        await launched.stream.close()
         while engine.inspect(launched.id) is not None:
             await asyncio.sleep(0.01)
         assert ask_outcome(engine, launched.id).oom_killed
 
-    asyncio.run(run())
+    with_container(engine, spec_of(owner, "/bin/sh", "-c", script, memory_mb=32), body)
 
 
 @pytest.mark.parametrize(

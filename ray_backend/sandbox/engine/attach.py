@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import deque
 from typing import cast
 
@@ -275,6 +276,9 @@ class AttachedStream(asyncio.Protocol):
             return None
         status = head.split(b" ", 2)[1:2]
         if status != [b"101"] and status != [b"200"]:
+            length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+            if length is not None and len(rest) < min(int(length[1]), _ANSWER_MAX_BYTES):
+                return None  # why is still to come
             self._fail(
                 SandboxEngineError(
                     f"the Docker engine could not {self._what}: {_reason(rest, head)}."

@@ -59,7 +59,7 @@ class ContainerState:
         labels: all of them.
         status: ``created``, ``running``, ``paused``, ``restarting``, ``removing``, ``exited``, ``dead``.
         exit_code: of PID 1; None while it runs or was not started.
-        oom_killed: whether a process in it was killed for memory since it was started.
+        oom_killed: whether a process in it was killed for memory; some engines say it only at its end.
         pid: of PID 1 on the engine's host; None when it does not run.
         error: why it could not be started, or empty.
     """

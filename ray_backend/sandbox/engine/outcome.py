@@ -1,9 +1,9 @@
 """How a container ended, and whether memory ran out in it.
 
 Three sources, since none is always there. From inside, the kernel's own counter: exact, and the
-container cannot forge it, for its cgroup files are read-only. From the engine, while the container is
-there: whether it ever happened. Once an automatically removed container is gone: the engine's events,
-of which it keeps the last 256.
+container cannot forge it, for its cgroup files are read-only. From the engine's events, of which it
+keeps the last 256, also of containers that it has removed. And from the engine's record of a stopped
+container (of a live one Docker 20.10 says nothing).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from datetime import datetime
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.translate import translated
 
-__all__ = ["OOM_COUNTER_FILES", "Outcome", "ask_outcome", "parse_oom_kills"]
+__all__ = ["OOM_COUNTER_FILES", "Outcome", "ask_outcome", "count_oom_events", "parse_oom_kills"]
 
 OOM_COUNTER_FILES = (
     "/sys/fs/cgroup/memory.events",  # cgroup v2
@@ -77,6 +77,11 @@ def ask_outcome(engine: Engine, container_id: str, *, timeout_s: float = 10.0) -
         elif action == "die" and exit_code is None and attributes.get("exitCode", "").isdigit():
             exit_code = int(attributes["exitCode"])
     return Outcome(False, exit_code, oom_killed)
+
+
+def count_oom_events(engine: Engine, container_id: str) -> int:
+    """Count the events of memory having run out in a container, live or not: about 15 ms."""
+    return sum(action == "oom" for action, _ in _events(engine, container_id))
 
 
 def _events(engine: Engine, container_id: str) -> list[tuple[str, dict[str, str]]]:
