@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_in_an_empty_image(engine: Engine, owner: OwnerLabels, binary: bytes):
     assert said.count("Read-only file system") == 2
 
 
-def test_many_at_once(engine: Engine, owner: OwnerLabels, binary: bytes, tmp_path):
+def test_many_at_once(engine: Engine, owner: OwnerLabels, binary: bytes, tmp_path: Path):
     """Eight processes: one volume, complete for each as soon as it has the name."""
     (tmp_path / "binary").write_bytes(binary)
     processes = [
@@ -101,7 +102,7 @@ def test_many_at_once(engine: Engine, owner: OwnerLabels, binary: bytes, tmp_pat
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_killed(engine: Engine, owner: OwnerLabels, binary: bytes, tmp_path, step: str):
+def test_killed(engine: Engine, owner: OwnerLabels, binary: bytes, tmp_path: Path, step: str):
     (tmp_path / "binary").write_bytes(binary)
     process = start_python(
         """

@@ -15,7 +15,7 @@ from tests.docker.support import left_of, spec_of, start_python
 STEPS = ("create", "created", "attached", "started")
 
 
-class Interrupted(Exception):
+class InterruptedHereError(Exception):
     pass
 
 
@@ -27,9 +27,9 @@ def test_failure(engine: Engine, owner: OwnerLabels, step: str, keep: bool):
     def at(name: str) -> None:
         seen.append(name)
         if name == step:
-            raise Interrupted
+            raise InterruptedHereError
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedHereError):
         asyncio.run(launch(engine, spec_of(owner, keep=keep), at=at))
     assert tuple(seen) == STEPS[: STEPS.index(step) + 1]
     assert left_of(engine, owner.cluster) == []

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -77,11 +76,11 @@ def test_raylet_id():
 
 
 @pytest.fixture
-def dead_raylet() -> Iterator[RayletId]:
+def dead_raylet() -> RayletId:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     raylet = RayletId.of_process(process.pid)
     process.communicate()
-    yield raylet
+    return raylet
 
 
 def test_on_the_engine(engine: Engine, owner: OwnerLabels, dead_raylet: RayletId):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections import deque
 from typing import cast
 
@@ -233,6 +232,8 @@ class AttachedStream(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Take the end of what the container says; its stdin stays open until `close`."""
         if self._answer is not None:
+            head = bytes(self._answer).split(b"\r\n", 1)[0].decode("ascii", "replace")
+            self._fail(SandboxEngineError(f"the Docker engine could not {self._what}: {head!r}."))
             return False
         try:
             self._frames.end()
@@ -276,9 +277,8 @@ class AttachedStream(asyncio.Protocol):
             return None
         status = head.split(b" ", 2)[1:2]
         if status != [b"101"] and status != [b"200"]:
-            length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
-            if length is not None and len(rest) < min(int(length[1]), _ANSWER_MAX_BYTES):
-                return None  # why is still to come
+            if not rest.rstrip().endswith(b"}") and len(answer) < _ANSWER_MAX_BYTES:
+                return None  # the reason is still to come; without one the connection ends
             self._fail(
                 SandboxEngineError(
                     f"the Docker engine could not {self._what}: {_reason(rest, head)}."

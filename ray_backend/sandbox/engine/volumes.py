@@ -19,7 +19,7 @@ from ray_backend.sandbox.engine.helper import helper_container
 from ray_backend.sandbox.engine.labels import OwnerLabels
 from ray_backend.sandbox.engine.translate import translated
 
-__all__ = ["bind_volumes"]
+__all__ = ["bind_volumes", "check_same_directories"]
 
 
 def bind_volumes(
@@ -56,13 +56,11 @@ def bind_volumes(
             ) from None
         mounts.append(BindMount(str(directory), path))
     if mounts:
-        _check_same_directories(engine, mounts, owner)
+        check_same_directories(engine, mounts, owner)
     return tuple(mounts)
 
 
-def _check_same_directories(
-    engine: Engine, mounts: Sequence[BindMount], owner: OwnerLabels
-) -> None:
+def check_same_directories(engine: Engine, mounts: Sequence[BindMount], owner: OwnerLabels) -> None:
     """See that a file made here appears there: the engine may be on another machine's disk."""
     binds = [
         {"Type": "bind", "Source": mount.source, "Target": f"/{number}"}
