@@ -50,6 +50,6 @@ def test_none(engine: Engine, owner: OwnerLabels):
 
 
 def test_a_directory_that_the_engine_sees_otherwise(engine: Engine, owner: OwnerLabels):
-    """/proc/self is another process's there, as a path is where Ray runs in a container."""
-    with pytest.raises(SandboxEngineError, match="sees another .*docker run -v"):
+    """Of a path that exists on one side only, as where Ray runs in a container."""
+    with pytest.raises(SandboxEngineError, match=r"sees another .*docker run -v"):
         check_same_directories(engine, [BindMount("/none/such", "/data")], owner)

@@ -232,8 +232,7 @@ class AttachedStream(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Take the end of what the container says; its stdin stays open until `close`."""
         if self._answer is not None:
-            head = bytes(self._answer).split(b"\r\n", 1)[0].decode("ascii", "replace")
-            self._fail(SandboxEngineError(f"the Docker engine could not {self._what}: {head!r}."))
+            self._refuse()
             return False
         try:
             self._frames.end()
@@ -277,17 +276,17 @@ class AttachedStream(asyncio.Protocol):
             return None
         status = head.split(b" ", 2)[1:2]
         if status != [b"101"] and status != [b"200"]:
-            if not rest.rstrip().endswith(b"}") and len(answer) < _ANSWER_MAX_BYTES:
-                return None  # the reason is still to come; without one the connection ends
-            self._fail(
-                SandboxEngineError(
-                    f"the Docker engine could not {self._what}: {_reason(rest, head)}."
-                )
-            )
-            return None
+            if rest.rstrip().endswith(b"}") or len(answer) > _ANSWER_MAX_BYTES:
+                self._refuse()
+            return None  # the reason may be still to come; the connection ends after it
         self._answer = None
         self._upgraded.set_result(None)
         return rest
+
+    def _refuse(self) -> None:
+        head, _, body = bytes(self._answer or b"").partition(b"\r\n\r\n")
+        reason = _reason(body) or head.split(b"\r\n", 1)[0].decode("ascii", "replace")
+        self._fail(SandboxEngineError(f"the Docker engine could not {self._what}: {reason}."))
 
     def _fail(self, error: SandboxEngineError) -> None:
         self._error = error
@@ -301,9 +300,10 @@ class AttachedStream(asyncio.Protocol):
             self._reader.set_result(None)
 
 
-def _reason(body: bytes, head: bytes) -> str:
+def _reason(body: bytes) -> str:
     start, end = body.find(b"{"), body.rfind(b"}")
     try:
-        return str(json.loads(body[start : end + 1])["message"]).rstrip(".")
+        text = str(json.loads(body[start : end + 1])["message"])
     except (ValueError, KeyError, TypeError):
-        return head.split(b"\r\n", 1)[0].decode("ascii", "replace")
+        text = body.decode("utf-8", "replace")
+    return text.strip().rstrip(".")

@@ -21,7 +21,7 @@ from ray_backend.sandbox.engine.helper import helper_container
 from ray_backend.sandbox.engine.labels import OwnerLabels
 from ray_backend.sandbox.engine.translate import translated
 
-__all__ = ["BRIDGE_PREFIX", "Rules", "enforce", "host_name_servers", "remove_rules"]
+__all__ = ["BRIDGE_PREFIX", "Rules", "enforce", "host_name_servers", "read_rules", "remove_rules"]
 
 BRIDGE_PREFIX = "apo"
 _CHAIN = re.compile(r"^-N (APO-(apo[0-9a-f]{8})-(?:OUT|HOST))$", re.MULTILINE)
@@ -128,13 +128,13 @@ def enforce(engine: Engine, owner: OwnerLabels, rules: Rules) -> None:
     for jump in rules.jumps():
         chain, _, rest = jump.partition(" ")
         script += f"iptables -w -C {jump} 2>/dev/null || iptables -w -I {chain} 1 {rest}\n"
-    found = _run(engine, owner, _GUARD + script + _SHOW)
+    found = read_rules(engine, owner, before=script)
     if _problem(rules, found) is not None:
         # Something was put before our jumps: another at the top; the old ones do no harm.
         script = "".join(
             f"iptables -w -I {jump.replace(' ', ' 1 ', 1)}\n" for jump in rules.jumps()
         )
-        found = _run(engine, owner, _GUARD + script + _SHOW)
+        found = read_rules(engine, owner, before=script)
     problem = _problem(rules, found)
     if problem is not None:
         raise SandboxNetworkError(
@@ -150,7 +150,7 @@ def remove_rules(engine: Engine, owner: OwnerLabels, bridges_alive: Sequence[str
     """
     gone = [
         (chain, bridge)
-        for chain, bridge in _CHAIN.findall(_run(engine, owner, _GUARD + _SHOW))
+        for chain, bridge in _CHAIN.findall(read_rules(engine, owner))
         if bridge not in bridges_alive
     ]
     script = ""
@@ -160,6 +160,11 @@ def remove_rules(engine: Engine, owner: OwnerLabels, bridges_alive: Sequence[str
         script += f"while {jump}; do :; done\niptables -w -F {chain}\niptables -w -X {chain}\n"
     if script:
         _run(engine, owner, _GUARD + script)
+
+
+def read_rules(engine: Engine, owner: OwnerLabels, *, before: str = "") -> str:
+    """Give all rules as ``iptables -S`` prints them, after running a script of commands."""
+    return _run(engine, owner, _GUARD + before + _SHOW)
 
 
 def host_name_servers(engine: Engine, owner: OwnerLabels) -> tuple[str, ...]:

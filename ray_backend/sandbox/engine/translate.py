@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import docker.errors
 import requests.exceptions
+import urllib3.exceptions
 
 from apothic.errors import ImageNotFoundError, SandboxEngineError, SandboxError
 
@@ -50,8 +51,12 @@ _TABLE: tuple[tuple[type[Exception], type[SandboxError], str], ...] = (
     (docker.errors.NotFound, SandboxEngineError, _REFUSED),
     (docker.errors.APIError, SandboxEngineError, _REFUSED),
     (docker.errors.DockerException, SandboxEngineError, _IN_THE_LIBRARY),
+    (docker.errors.StreamParseError, SandboxEngineError, _IN_THE_LIBRARY),
     (requests.exceptions.Timeout, SandboxEngineError, _SLOW),
     (requests.exceptions.RequestException, SandboxEngineError, _LOST),
+    # docker-py lets these through where it reads a stream.
+    (urllib3.exceptions.TimeoutError, SandboxEngineError, _SLOW),
+    (urllib3.exceptions.HTTPError, SandboxEngineError, _LOST),
 )
 
 KNOWN_ERRORS = frozenset(
