@@ -35,7 +35,7 @@ def test_every_error_of_the_library_is_known_and_translated():
     for kind in (*KNOWN_ERRORS, requests.exceptions.ConnectionError, requests.exceptions.Timeout):
         error = kind.__new__(kind)
         error.args = ("text",)
-        vars(error).update(msg="text", response=None, explanation=None)
+        vars(error).update(name="text", param="text", msg="text", response=None, explanation=None)
         assert isinstance(to_sandbox_error(error, "work"), SandboxEngineError | ImageNotFoundError)
 
 

@@ -127,7 +127,9 @@ def remove_network_if_unused(engine: Engine, network: InternetNetwork) -> bool:
         if not free:
             return False
         with translated(f"remove the network {network.name!r}"):
-            if engine.api.containers(all=True, filters={"network": network.id}):
+            # The engine's own filter for networks overlooks containers that never ran.
+            modes = [one["HostConfig"]["NetworkMode"] for one in engine.api.containers(all=True)]
+            if network.id in modes or network.name in modes:
                 return False
             try:
                 engine.api.remove_network(network.id)
