@@ -13,7 +13,7 @@ from ray_backend.directories import VOLUME_ROOT_VARIABLE
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.helper import HELPER_IMAGE
 from ray_backend.sandbox.engine.images import REPOSITORY, clean_builds
-from ray_backend.sandbox.engine.labels import AGENT, BUILD, NETWORK, OwnerLabels
+from ray_backend.sandbox.engine.labels import BUILD, NETWORK, OwnerLabels
 from tests.docker.support import AGENT_STAND_IN, left_of, new_owner
 from tests.support import eventually
 
@@ -72,14 +72,20 @@ def remove_image(engine: Engine) -> Iterator[Callable[[str], str]]:
 
 
 def _everything(engine: Engine) -> set[str]:
-    """Name all that is ours, and every dangling image and anonymous volume."""
+    """Name all that is ours; others may use the engine at the same time."""
     api = engine.api
-    images = [*api.images(name=REPOSITORY), *api.images(filters={"dangling": True})]
-    images += api.images(name=HELPER_IMAGE) + api.images(filters={"label": f"{BUILD}"})
+    images = [*api.images(name=REPOSITORY), *api.images(name=HELPER_IMAGE)]
+    images += api.images(filters={"label": BUILD})
+    containers = [
+        found
+        for found in api.containers(all=True)
+        if any(name.startswith("apothic.") for name in found["Labels"] or ())
+        or found["Names"][0].startswith("/apothic")
+    ]
+    volumes = [found["Name"] for found in api.volumes()["Volumes"] or []]
     return {
-        *(found["Names"][0] for found in api.containers(all=True)),
-        *(found["Name"] for found in api.volumes()["Volumes"] or []),
+        *(found["Names"][0] for found in containers),
+        *(name for name in volumes if name.startswith("apothic")),
         *(found["Name"] for found in api.networks(filters={"label": NETWORK})),
-        *(found["Name"] for found in api.volumes(filters={"label": AGENT})["Volumes"] or []),
         *(tag for found in images for tag in found["RepoTags"] or [found["Id"]]),
     }
