@@ -24,7 +24,8 @@ from apothic._version import __version__
 if TYPE_CHECKING:
     from apothic.app import App, RemoteApp
     from apothic.backend import ControlPlaneClient
-    from apothic.cls import BoundCls, Cls
+    from apothic.bound import BoundCls
+    from apothic.cls import Cls
     from apothic.decorators import enter, exit, method
     from apothic.errors import ApothicError
     from apothic.function import Function, Job, RemoteFunction
@@ -76,7 +77,8 @@ __all__ = [
 _HOMES = {
     "apothic.app": ("App", "RemoteApp"),
     "apothic.backend": ("ControlPlaneClient",),
-    "apothic.cls": ("BoundCls", "Cls"),
+    "apothic.bound": ("BoundCls",),
+    "apothic.cls": ("Cls",),
     "apothic.decorators": ("enter", "exit", "method"),
     "apothic.errors": ("ApothicError",),
     "apothic.function": ("Function", "Job", "RemoteFunction"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from apothic.backend import ControlPlaneClient, connect
 from apothic.cls import Cls
@@ -446,8 +446,8 @@ class AppAio(Twin[App]):
 
     __slots__ = ()
 
-    deploy = twin(App.deploy)
-    manifest = twin(App.manifest)
+    deploy: Final = twin(App.deploy)
+    manifest: Final = twin(App.manifest)
 
     async def lookup(
         self,

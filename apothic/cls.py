@@ -1,24 +1,17 @@
-"""`Cls` and `BoundCls`: a class of an app, and the verbs that give instances of it."""
+"""`Cls`: a class of an app, and the verbs that give instances of it."""
 
 from __future__ import annotations
 
-import inspect
-import threading
 import uuid
-from collections.abc import Callable, Mapping
-from functools import cached_property
-from inspect import BoundArguments, Signature
-from typing import Any
+from collections.abc import Callable
+from inspect import BoundArguments
+from typing import Any, Final
 
 from apothic.backend import CallRef as _CallRef
 from apothic.backend import ControlPlaneClient, InstanceRef, StartRequest, connect
-from apothic.definition import (
-    ClassDefinition,
-    bind_arguments,
-    describe_class,
-    parameter_infos,
-    signature_from,
-)
+from apothic.bound import BoundCls
+from apothic.definition import bind_arguments, signature_from
+from apothic.described import DescribedClass
 from apothic.errors import (
     ArgumentError,
     ClassNotFoundError,
@@ -28,17 +21,14 @@ from apothic.errors import (
 )
 from apothic.function import Function, RemoteFunction
 from apothic.inprocess import FutureCall, run_now
-from apothic.instance import ClassInstance, LocalClassInstance, missing_method
+from apothic.instance import ClassInstance, LocalClassInstance
 from apothic.names import check_instance_id
-from apothic.options import ClassOptions
-from apothic.packing import arguments_digest, dumps, pack_class
-from apothic.retries import Retries
+from apothic.packing import arguments_digest, dumps
 from apothic.targets import Target
 from apothic.twins import Twin, twin
 from apothic.values import (
     ClassInfo,
     ClassInstanceHandle,
-    ClassSpec,
     CloseReport,
     InstanceInfo,
     MethodInfo,
@@ -46,66 +36,16 @@ from apothic.values import (
     digest_of,
 )
 
-__all__ = ["BoundCls", "BoundClsAio", "Cls", "ClsAio"]
+__all__ = ["Cls", "ClsAio"]
 
 
-class Cls:
+class Cls(DescribedClass):
     """A class of an app: defined here with `@app.cls`, or looked up by name.
 
     Verbs: `bind` and `remote` give the instance for some arguments, `new` a fresh one, `named` one
     that lives until closed, `local` one in this process, `attach` one that lives already. Calling
     the object is refused: which of these is meant would be a guess.
     """
-
-    def __init__(
-        self,
-        spec: ClassSpec | None = None,
-        *,
-        app_name: str | None = None,
-        name: str = "",
-        local_cls: type[Any] | None = None,
-        definition: ClassDefinition | None = None,
-        options: ClassOptions | None = None,
-        tags: tuple[str, ...] = (),
-        metadata: dict[str, Any] | None = None,
-        client: Callable[[], ControlPlaneClient] = connect,
-        deployment_id: Callable[[], str | None] = lambda: None,
-    ) -> None:
-        """Describe a class, from a spec or from code; made by `App.cls` and by look-ups."""
-        self._spec = spec
-        self._app_name = spec.app if spec is not None else app_name
-        self._name = spec.name if spec is not None else name
-        self._local_cls = local_cls
-        self._definition = definition
-        self._options = (
-            ClassOptions.model_validate(spec.options) if spec is not None else options
-        ) or ClassOptions()
-        self._tags = spec.tags if spec is not None else tags
-        self._metadata = dict((spec.metadata if spec is not None else metadata) or {})
-        self._client = client
-        self._deployment_id = deployment_id
-        self._blobs: dict[str, bytes] = {}
-        self._lock = threading.RLock()
-        self.__doc__ = spec.doc if spec is not None else getattr(local_cls, "__doc__", None)
-
-    @cached_property
-    def _described(self) -> ClassDefinition:
-        """Read the definition from code or spec; late, since unpickling completes classes late."""
-        if self._definition is not None:
-            return self._definition
-        if self._local_cls is not None:
-            return describe_class(self._local_cls)
-        assert self._spec is not None
-        return ClassDefinition(
-            methods={info.name: info for info in self._spec.methods},
-            method_signatures={
-                info.name: signature_from(info.parameters) for info in self._spec.methods
-            },
-            enter_hooks=self._spec.enter_hooks,
-            exit_hooks=self._spec.exit_hooks,
-            signature=signature_from(self._spec.parameters),
-            doc=self._spec.doc,
-        )
 
     # -- look-up -------------------------------------------------------------------------------
 
@@ -157,33 +97,6 @@ class Cls:
             )
         return Cls(spec, client=lambda: connection).attach(parsed)
 
-    # -- properties ----------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        """The class's name in its app."""
-        return self._name
-
-    @property
-    def app_name(self) -> str | None:
-        """The app's name."""
-        return self._app_name
-
-    @property
-    def methods(self) -> dict[str, Function[Any] | RemoteFunction[Any]]:
-        """The remote methods by name, to read; calling one needs an instance."""
-        return {name: self._class_function(name) for name in self._described.methods}
-
-    @property
-    def method_names(self) -> tuple[str, ...]:
-        """Names of the remote methods, in the order of their definition."""
-        return tuple(self._described.methods)
-
-    @property
-    def method_infos(self) -> dict[str, MethodInfo]:
-        """What is known of each remote method."""
-        return dict(self._described.methods)
-
     @property
     def close_function(self) -> Function[Any] | RemoteFunction[Any] | None:
         """A function that closes the instance of a handle; None when no exit hook would run."""
@@ -200,58 +113,6 @@ class Cls:
             info, signature_from(info.parameters), target, RemoteFunction
         )
         return function
-
-    @property
-    def signature(self) -> inspect.Signature | None:
-        """The constructor's signature; of a looked-up class, annotations and defaults are texts."""
-        return self._described.signature
-
-    @property
-    def parameters(self) -> tuple[ParameterInfo, ...]:
-        """The constructor's parameters."""
-        if self._spec is not None:
-            return self._spec.parameters
-        return parameter_infos(self._described.signature)
-
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        """Names of the constructor's parameters."""
-        return tuple(parameter.name for parameter in self.parameters)
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """As given to `@app.cls`."""
-        return self._tags
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """As given to `@app.cls`."""
-        return dict(self._metadata)
-
-    @property
-    def enter_hook_names(self) -> tuple[str, ...]:
-        """Names of the enter hooks, in the order in which they run."""
-        return self._described.enter_hooks
-
-    @property
-    def exit_hook_names(self) -> tuple[str, ...]:
-        """Names of the exit hooks, in the order of definition; they run in reverse."""
-        return self._described.exit_hooks
-
-    @property
-    def remote_only(self) -> bool:
-        """Whether its code is not in this process."""
-        return self._local_cls is None
-
-    @property
-    def local_cls(self) -> type[Any] | None:
-        """The user's class, where its code is in this process."""
-        return self._local_cls
-
-    @property
-    def options(self) -> ClassOptions:
-        """The checked options."""
-        return self._options
 
     @property
     def aio(self) -> ClsAio:
@@ -283,21 +144,6 @@ class Cls:
             spec_digest=self.spec.digest if known else None,
             instances=instances,
         )
-
-    def has_method(self, name: str) -> bool:
-        """Tell whether the class has a remote method of this name."""
-        return name in self._described.methods
-
-    def method_info(self, name: str) -> MethodInfo:
-        """Tell what is known of a remote method.
-
-        Raises:
-            MethodNotFoundError: when there is none of this name.
-        """
-        info = self._described.methods.get(name)
-        if info is None:
-            raise missing_method(self._name, name, self.method_names, self._local_cls)
-        return info
 
     def explain(self) -> str:
         """Tell which nodes could run an instance and why others could not, starting nothing."""
@@ -469,50 +315,6 @@ class Cls:
 
     # -- inside --------------------------------------------------------------------------------
 
-    @property
-    def spec(self) -> ClassSpec:
-        """The class as the cluster knows it; packs the code at first use.
-
-        Raises:
-            SerializationError: when the class cannot be pickled; the message names what stands
-                in the way.
-        """
-        with self._lock:
-            if self._spec is None:
-                assert self._local_cls is not None
-                blob = pack_class(self._local_cls)
-                digest = digest_of(blob)
-                blobs = {digest: blob}
-                options = self._options
-                if options.image is not None:
-                    image, files = options.image.pack()
-                    options = options.model_copy(update={"image": image})
-                    blobs.update(files)
-                self._spec = ClassSpec(
-                    app=self._app_name or "",
-                    name=self._name,
-                    methods=tuple(self._described.methods.values()),
-                    parameters=parameter_infos(self._described.signature),
-                    enter_hooks=self._described.enter_hooks,
-                    exit_hooks=self._described.exit_hooks,
-                    tags=self._tags,
-                    metadata=self._metadata,
-                    options=options.model_dump(mode="json"),
-                    blob_digest=digest,
-                    doc=self._described.doc,
-                )
-                self._blobs = blobs
-            return self._spec
-
-    def blobs(self) -> Mapping[str, bytes]:
-        """Give the contents that the spec names by digest; empty for a looked-up class."""
-        _ = self.spec
-        return self._blobs
-
-    @property
-    def _label(self) -> str:
-        return f"{self._app_name}.{self._name}" if self._app_name else self._name
-
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundArguments:
         return bind_arguments(self._name, self._described.signature, args, kwargs)
 
@@ -576,55 +378,6 @@ class Cls:
         target.primary()
         return ClassInstance(self, target)
 
-    def _function(
-        self,
-        info: MethodInfo,
-        signature: Signature | None,
-        target: Target | None,
-        kind: type[Function[Any]],
-        *,
-        retries: Retries | None = None,
-    ) -> Any:
-        return kind(
-            info,
-            signature,
-            target,
-            owner=self._name,
-            app_name=self._app_name,
-            options=self._options.model_dump(mode="json") if target is None else {},
-            timeout_s=self._options.timeout_s,
-            retries=retries or Retries(0),
-        )
-
-    def _class_function(self, name: str) -> Function[Any] | RemoteFunction[Any]:
-        kind = RemoteFunction if self.remote_only else Function
-        function: Function[Any] = self._function(
-            self.method_info(name),
-            self._described.method_signatures.get(name),
-            None,
-            kind,
-            retries=self._options.retries,
-        )
-        return function
-
-    def _instance_function(self, name: str, target: Target) -> RemoteFunction[Any]:
-        info = self.method_info(name)
-        retries = self._options.retries
-        function: RemoteFunction[Any] = self._function(
-            info,
-            self._described.method_signatures.get(name),
-            target,
-            RemoteFunction,
-            retries=retries,
-        )
-        return function
-
-    def _local_function(self, name: str, target: Target) -> Function[Any]:
-        function: Function[Any] = self._function(
-            self.method_info(name), self._described.method_signatures.get(name), target, Function
-        )
-        return function
-
     def __call__(self, *args: Any, **kwargs: Any) -> ClassInstance:
         """Refuse: a call could mean a local object or any of the remote verbs.
 
@@ -680,124 +433,27 @@ class Cls:
         return f"<apothic.Cls {self._label} ({where} code)>"
 
 
-class BoundCls:
-    """A class with some arguments kept: later ones are appended, later keywords win."""
-
-    def __init__(self, cls: Cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep arguments; made by `Cls.partial`.
-
-        Raises:
-            ArgumentError: when no later arguments could make them fit.
-        """
-        self._cls = cls
-        self._args = args
-        self._kwargs = kwargs
-        if cls.signature is not None:
-            try:
-                cls.signature.bind_partial(*args, **kwargs)
-            except TypeError as error:
-                raise ArgumentError(
-                    f"{cls.name}.partial: {error}. Its signature is {cls.signature}; pass arguments "
-                    f"that fit."
-                ) from None
-
-    @property
-    def cls(self) -> Cls:
-        """The class."""
-        return self._cls
-
-    @property
-    def signature(self) -> inspect.Signature | None:
-        """The constructor's signature, the kept arguments included."""
-        return self._cls.signature
-
-    @property
-    def init_args(self) -> tuple[Any, ...]:
-        """The kept positional arguments."""
-        return self._args
-
-    @property
-    def init_kwargs(self) -> dict[str, Any]:
-        """The kept keyword arguments."""
-        return dict(self._kwargs)
-
-    @property
-    def aio(self) -> BoundClsAio:
-        """The async twins of the verbs."""
-        return BoundClsAio(self)
-
-    def bind(self, *args: Any, **kwargs: Any) -> ClassInstance:
-        """Do what `Cls.bind` does, with the kept arguments first."""
-        return self._cls.bind(*self._args, *args, **{**self._kwargs, **kwargs})
-
-    def remote(self, *args: Any, **kwargs: Any) -> ClassInstance:
-        """Do what `Cls.remote` does, with the kept arguments first."""
-        return self._cls.remote(*self._args, *args, **{**self._kwargs, **kwargs})
-
-    def local(self, *args: Any, **kwargs: Any) -> LocalClassInstance:
-        """Do what `Cls.local` does, with the kept arguments first."""
-        return self._cls.local(*self._args, *args, **{**self._kwargs, **kwargs})
-
-    def new(self, *args: Any, **kwargs: Any) -> ClassInstance:
-        """Do what `Cls.new` does, with the kept arguments first."""
-        return self._cls.new(*self._args, *args, **{**self._kwargs, **kwargs})
-
-    def named(self, instance_id: str, *args: Any, **kwargs: Any) -> ClassInstance:
-        """Do what `Cls.named` does, with the kept arguments first."""
-        return self._cls.named(instance_id, *self._args, *args, **{**self._kwargs, **kwargs})
-
-    def partial(self, *args: Any, **kwargs: Any) -> BoundCls:
-        """Keep more arguments."""
-        return BoundCls(self._cls, (*self._args, *args), {**self._kwargs, **kwargs})
-
-    def close_handle(self, handle: ClassInstanceHandle | dict[str, Any] | str) -> CloseReport:
-        """Do what `Cls.close_handle` does."""
-        return self._cls.close_handle(handle)
-
-    def close_named(self, instance_id: str, *args: Any, **kwargs: Any) -> CloseReport:
-        """Do what `Cls.close_named` does, with the kept arguments first."""
-        return self._cls.close_named(instance_id, *self._args, *args, **{**self._kwargs, **kwargs})
-
-    def __repr__(self) -> str:
-        """Name the class; arguments may be private."""
-        return f"<apothic.BoundCls {self._cls._label}>"
-
-
 class ClsAio(Twin[Cls]):
     """Async twins of `Cls`."""
 
     __slots__ = ()
 
-    inspect = twin(Cls.inspect)
-    explain = twin(Cls.explain)
-    remote = twin(Cls.remote)
-    bind = twin(Cls.bind)
-    new = twin(Cls.new)
-    named = twin(Cls.named)
-    local = twin(Cls.local)
-    attach = twin(Cls.attach)
-    close_handle = twin(Cls.close_handle)
-    close_named = twin(Cls.close_named)
+    inspect: Final = twin(Cls.inspect)
+    explain: Final = twin(Cls.explain)
+    remote: Final = twin(Cls.remote)
+    bind: Final = twin(Cls.bind)
+    new: Final = twin(Cls.new)
+    named: Final = twin(Cls.named)
+    local: Final = twin(Cls.local)
+    attach: Final = twin(Cls.attach)
+    close_handle: Final = twin(Cls.close_handle)
+    close_named: Final = twin(Cls.close_named)
 
     async def from_name(
         self, app_name: str, class_name: str, *, client: ControlPlaneClient | None = None
     ) -> Cls:
         """Do what `Cls.from_name` does."""
         return await twin(lambda _: Cls.from_name(app_name, class_name, client=client))(self)
-
-
-class BoundClsAio(Twin[BoundCls]):
-    """Async twins of `BoundCls`."""
-
-    __slots__ = ()
-
-    bind = twin(BoundCls.bind)
-    remote = twin(BoundCls.remote)
-    local = twin(BoundCls.local)
-    new = twin(BoundCls.new)
-    named = twin(BoundCls.named)
-    close_handle = twin(BoundCls.close_handle)
-    close_named = twin(BoundCls.close_named)
 
 
 class _Closer(InstanceRef):

@@ -185,14 +185,11 @@ def _constructor_signature(cls: type[Any]) -> inspect.Signature:
     return signature.replace(return_annotation=inspect.Signature.empty)
 
 
-class _Default:
-    """Stands for a default value known by its ``repr`` only."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
+class _Text(str):
+    """A default or annotation of a class whose code is elsewhere: its text, printed as in the code."""
 
     def __repr__(self) -> str:
-        return self._text
+        return str(self)
 
 
 def parameter_infos(signature: inspect.Signature) -> tuple[ParameterInfo, ...]:
@@ -230,8 +227,8 @@ def signature_from(parameters: tuple[ParameterInfo, ...]) -> inspect.Signature:
             inspect.Parameter(
                 info.name,
                 getattr(kinds, info.kind),
-                default=kinds.empty if info.default is None else _Default(info.default),
-                annotation=kinds.empty if info.annotation is None else info.annotation,
+                default=kinds.empty if info.default is None else _Text(info.default),
+                annotation=kinds.empty if info.annotation is None else _Text(info.annotation),
             )
             for info in parameters
         ]

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from inspect import Signature
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 from apothic.backend import CallRef, ItemStream
 from apothic.calls import RetryingCall, is_retryable, with_retries
@@ -111,9 +111,9 @@ class JobAio(Twin[Job[Any]]):
 
     __slots__ = ()
 
-    get = twin(Job.get)
-    done = twin(Job.done)
-    cancel = twin(Job.cancel)
+    get: Final = twin(Job.get)
+    done: Final = twin(Job.done)
+    cancel: Final = twin(Job.cancel)
 
 
 class RemoteStream(Generic[_R]):
@@ -487,7 +487,7 @@ class FunctionAio(Twin[Function[Any]]):
         finally:
             await stream.aclose()
 
-    map = twin(Function.map)
-    starmap = twin(Function.starmap)
-    for_each = twin(Function.for_each)
-    spawn_map = twin(Function.spawn_map)
+    map: Final = twin(Function.map)
+    starmap: Final = twin(Function.starmap)
+    for_each: Final = twin(Function.for_each)
+    spawn_map: Final = twin(Function.spawn_map)

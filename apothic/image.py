@@ -69,6 +69,9 @@ class Image(BaseModel):
     def debian_slim(cls, *, python_version: str = "3.11") -> Image:
         """Start from the nodes' own environment, or from Debian where a step needs a container.
 
+        Without a container step, a version that is neither the default nor the cluster's own is
+        refused when an instance starts: Ray needs the same Python everywhere.
+
         Raises:
             InvalidOptionError: when the version is no ``major.minor``.
         """

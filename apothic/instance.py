@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from apothic.backend import CallRef, InstanceRef, ItemStream
 from apothic.errors import InstanceClosedError, MethodNotFoundError, UsageError
@@ -151,8 +151,8 @@ class ClassInstanceAio(Twin[ClassInstance]):
 
     __slots__ = ()
 
-    inspect = twin(ClassInstance.inspect)
-    close = twin(ClassInstance.close)
+    inspect: Final = twin(ClassInstance.inspect)
+    close: Final = twin(ClassInstance.close)
 
     async def __aenter__(self) -> ClassInstance:
         """Wait until the instance is ready."""
@@ -345,7 +345,7 @@ class LocalClassInstanceAio(Twin[LocalClassInstance]):
 
     __slots__ = ()
 
-    close = twin(LocalClassInstance.close)
+    close: Final = twin(LocalClassInstance.close)
 
 
 class _LocalMethod(Function[Any]):

@@ -86,7 +86,7 @@ class Target:
             idle_s: seconds after which extra replicas are given up; `IDLE_S` by default.
         """
         self._open = open_replica
-        self.label = label
+        self.label: str = label
         self._max_pending = max_pending
         self._max_containers = max_containers
         self._per_container = tasks_per_container
@@ -94,7 +94,7 @@ class Target:
         self._idle_s = idle_s
         self._replicas: list[_Replica] = []
         self._lock = threading.RLock()
-        self.closed = False
+        self.closed: bool = False
         if max_containers > 1:
             _reaper.watch(self)
 

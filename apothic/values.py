@@ -53,6 +53,11 @@ class ParameterInfo(_Value):
     default: str | None = None
     annotation: str | None = None
 
+    @property
+    def required(self) -> bool:
+        """Whether a caller has to give it."""
+        return self.default is None and not self.kind.startswith("VAR_")
+
 
 class MethodInfo(_Value):
     """One remote method of a class.

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import functools
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,11 +19,7 @@ from apothic.backend import ControlPlaneClient, InstanceRef, StartRequest
 from apothic.errors import (
     AppNotFoundError,
     BackendError,
-    ConflictError,
-    InstanceClosedError,
-    InstanceLostError,
     InstanceNotFoundError,
-    PlacementTimeoutError,
 )
 from apothic.names import actor_name
 from apothic.options import ClassOptions
@@ -33,7 +28,6 @@ from apothic.values import (
     ClassInstanceHandle,
     ClassSpec,
     CloseReport,
-    HookResult,
     InstanceInfo,
 )
 from apothic.volume import StorageMount
@@ -43,25 +37,23 @@ from ray_backend.connection import ensure_connected
 from ray_backend.instances import RayInstance
 from ray_backend.launch import launch
 from ray_backend.leases import PINNED
-from ray_backend.manager import Manager, instance_names
-from ray_backend.names import MANAGER_NAME, NAMESPACE
+from ray_backend.manager import instance_names
+from ray_backend.manager_link import ManagerLink
+from ray_backend.names import NAMESPACE
 from ray_backend.placement.live import explain_on_cluster
+from ray_backend.readiness import STOPPING_WAIT_S, wait_ready
 from ray_backend.registry import Registry
-from ray_backend.translate import failure_inside, translate
+from ray_backend.translate import translate
 
 __all__ = ["RayClient", "connect"]
 
 _T = TypeVar("_T")
 
-PLACEMENT_TIMEOUT_VARIABLE = "APOTHIC_PLACEMENT_TIMEOUT_S"
-PLACEMENT_TIMEOUT_S = 600.0
-"""Seconds that an instance may wait for room before `PlacementTimeoutError`."""
-
-STOPPING_WAIT_S = 60.0
-"""Seconds to wait for a name whose instance is being stopped."""
-
 EXIT_WAIT_S = 60.0
 """Seconds that the end of a process waits for the exit hooks of what it leased."""
+
+SUCCESSOR_WAIT_S = 15.0
+"""Seconds to wait for the process after one that hung, which says what became of its calls."""
 
 _lock = threading.Lock()
 _client: RayClient | None = None
@@ -95,8 +87,7 @@ class RayClient(ControlPlaneClient):
         self._cluster_id = self._registry.cluster_id()
         self.holder = self._find_holder()
         self._own_cluster = ray_api.is_own_cluster()
-        self._manager: Any = None
-        self._manager_lock = threading.Lock()
+        self.manager = ManagerLink()
         self._leased = False
         self.background = ThreadPoolExecutor(8, thread_name_prefix="apothic-ray")
         self.is_proxy = ray_api.is_client_mode()
@@ -144,10 +135,12 @@ class RayClient(ControlPlaneClient):
             current = set(digests)
             outdated = [
                 name
-                for name, lease in self._ask(lambda manager: manager.records.remote()).items()
+                for name, lease in self.manager.ask(
+                    lambda manager: manager.records.remote()
+                ).items()
                 if lease.get("app") == manifest.name and lease.get("spec_digest") not in current
             ]
-            list(self.background.map(self._close_name, outdated))
+            list(self.background.map(self.manager.close, outdated))
 
     def find_app(self, name: str) -> AppManifest:
         """Read a deployed app's manifest."""
@@ -191,7 +184,7 @@ class RayClient(ControlPlaneClient):
         deadline = time.monotonic() + STOPPING_WAIT_S
         while True:
             self._leased = True
-            if self._ask(lambda manager: manager.acquire.remote(name, holder, record)):
+            if self.manager.ask(lambda manager: manager.acquire.remote(name, holder, record)):
                 break
             if time.monotonic() > deadline:
                 raise BackendError(
@@ -203,7 +196,7 @@ class RayClient(ControlPlaneClient):
             actor = launch(self._registry, request, name, digest)
         except BaseException:
             if not self._actor_exists(name):
-                self._ask(lambda manager: manager.forget.remote(name))
+                self.manager.ask(lambda manager: manager.forget.remote(name))
             raise
         handle = ClassInstanceHandle(
             cluster_id=self._cluster_id,
@@ -233,7 +226,7 @@ class RayClient(ControlPlaneClient):
             raise gone
         if not lease["named"]:
             self._leased = True
-            if not self._ask(lambda manager: manager.join.remote(name, self.holder)):
+            if not self.manager.ask(lambda manager: manager.join.remote(name, self.holder)):
                 raise gone
         handle = handle.model_copy(
             update={"spec_digest": lease["spec_digest"], "named": lease["named"]}
@@ -241,72 +234,8 @@ class RayClient(ControlPlaneClient):
         return RayInstance(self, handle, actor, ready=False)
 
     def wait_ready(self, instance: RayInstance) -> None:
-        """Wait for ``enter``; what cannot become ready is removed before the error is raised.
-
-        An existing instance that was asked for may be found while it stops: then another is made.
-        """
-        request: StartRequest | None = instance.request
-        deadline = time.monotonic() + STOPPING_WAIT_S
-        while True:
-            try:
-                self._wait_ready_once(instance, request)
-                return
-            except (InstanceClosedError, InstanceLostError):
-                if request is None or not request.reuse or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-                instance.take_over(self.start(request))
-
-    def _wait_ready_once(self, instance: RayInstance, request: StartRequest | None) -> None:
-        actor = instance.native
-        label = instance.label
-        try:
-            if request is None or request.reuse:
-                status = self._get_placed(instance, actor.apothic_status.remote())
-                if request is not None:
-                    self._check_same_arguments(request, status, label)
-                if status["state"] == "ready":
-                    return
-            self._get_placed(instance, actor.apothic_start.remote())
-        except rays.RayError as error:
-            found = translate(error, label)
-            failure = failure_inside(error)
-            started_badly = failure is not None and failure.kind == "start"
-            if started_badly or (request is not None and not request.reuse):
-                self._close_name(self._name(instance.handle), actor._actor_id.hex())
-            raise found from found.__cause__
-        except PlacementTimeoutError:
-            self._close_name(self._name(instance.handle), actor._actor_id.hex())
-            raise
-
-    def _get_placed(self, instance: RayInstance, ref: Any) -> Any:
-        """Get a first reply, but do not wait for ever for room."""
-        limit_s = float(os.environ.get(PLACEMENT_TIMEOUT_VARIABLE, PLACEMENT_TIMEOUT_S))
-        try:
-            return ray.get(ref, timeout=limit_s)
-        except rays.GetTimeoutError:
-            if self.is_proxy:
-                raise
-            actor_id = instance.native._actor_id.hex()
-            if ray_api.actor_record(actor_id).get("State") == "ALIVE":
-                return ray.get(ref)  # it has room and takes its time to enter
-        holders = ", ".join(
-            f"{info.app}.{info.cls} {info.instance_id!r}" for info in self.list_instances()[:10]
-        )
-        raise PlacementTimeoutError(
-            f"{instance.label} found no room within {limit_s:g} s: nodes qualify, but what it needs is "
-            f"taken. Of this package, there live: {holders or 'none'}. Close some, add nodes, ask for "
-            f"less cpu, memory_mb or gpu_count, or raise {PLACEMENT_TIMEOUT_VARIABLE}."
-        )
-
-    def _check_same_arguments(
-        self, request: StartRequest, status: Mapping[str, Any], label: str
-    ) -> None:
-        if request.match_arguments and status["arguments_digest"] != request.arguments_digest:
-            raise ConflictError(
-                f"{label} exists already with other constructor arguments. Leave the arguments out "
-                f"to use it as it is, close it first, or use another id."
-            )
+        """Wait for ``enter``; what cannot become ready is removed before the error is raised."""
+        wait_ready(self, instance)
 
     def inspect_instance(self, handle: ClassInstanceHandle, actor: Any, label: str) -> InstanceInfo:
         """Ask an instance how it is."""
@@ -336,16 +265,16 @@ class RayClient(ControlPlaneClient):
 
     def close_instance(self, instance: RayInstance) -> CloseReport:
         """Stop an instance."""
-        return self._close_name(self._name(instance.handle), instance.native._actor_id.hex())
+        return self.manager.close(self._name(instance.handle), instance.native._actor_id.hex())
 
     def release(self, instance: RayInstance) -> None:
         """Give up this process's lease on an instance."""
         name = self._name(instance.handle)
-        self._ask(lambda manager: manager.release.remote(name, self.holder))
+        self.manager.ask(lambda manager: manager.release.remote(name, self.holder))
 
     def list_instances(self, app: str | None = None, cls: str | None = None) -> list[InstanceInfo]:
         """List live instances from their leases, asking none of them."""
-        records = self._ask(lambda manager: manager.records.remote())
+        records = self.manager.ask(lambda manager: manager.records.remote())
         alive = set(instance_names())
         return [
             InstanceInfo(
@@ -360,9 +289,25 @@ class RayClient(ControlPlaneClient):
             if name in alive and app in (None, lease["app"]) and cls in (None, lease["cls"])
         ]
 
-    def take_timeout(self, task_id: str) -> str | None:
-        """Read what a replaced process left for a call."""
-        return self._registry.take_timeout(task_id)
+    def take_timeout(self, task_id: str, actor_id: str, *, overdue: bool) -> str | None:
+        """Read what a replaced process left for a call.
+
+        A process that hung with the interpreter lock could leave none; its successor does. For a call
+        that is ``overdue`` this waits until the successor is there, or none is coming.
+        """
+        found = self._registry.take_timeout(task_id)
+        if found is not None or not overdue or self.is_proxy:
+            return found
+        began = time.monotonic()
+        while time.monotonic() - began < SUCCESSOR_WAIT_S:
+            state = ray_api.actor_record(actor_id).get("State")
+            found = self._registry.take_timeout(task_id)
+            # Its death may be news to the GCS: for a moment it still says ALIVE.
+            settled = state == "ALIVE" and time.monotonic() - began > 1.0
+            if found is not None or settled or state not in ("ALIVE", "RESTARTING"):
+                return found
+            time.sleep(0.05)
+        return None
 
     # -- secrets and volumes ---------------------------------------------------------------------
 
@@ -405,9 +350,9 @@ class RayClient(ControlPlaneClient):
         with contextlib.suppress(Exception):
             if self._own_cluster:
                 if self._leased or instance_names():
-                    ray.get(self._manager_actor().stop_all.remote(), timeout=EXIT_WAIT_S)
+                    ray.get(self.manager.actor().stop_all.remote(), timeout=EXIT_WAIT_S)
             elif self._leased:
-                ray.get(self._manager_actor().release_all.remote(self.holder), timeout=EXIT_WAIT_S)
+                ray.get(self.manager.actor().release_all.remote(self.holder), timeout=EXIT_WAIT_S)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -430,49 +375,6 @@ class RayClient(ControlPlaneClient):
                 self._registry.put_blob(key, content)
             self._registry.put_spec(digest, spec.model_dump_json())
         return digest
-
-    def _close_name(self, name: str, actor_id: str | None = None) -> CloseReport:
-        report = self._ask(lambda manager: manager.close.remote(name, actor_id))
-        return CloseReport(
-            closed=report["closed"],
-            hooks=tuple(HookResult(**hook) for hook in report["hooks"]),
-            interrupted_calls=report["interrupted_calls"],
-            note=report["note"],
-        )
-
-    def _ask(self, question: Callable[[Any], Any]) -> Any:
-        """Ask the manager; one that was killed is asked again when it is back."""
-        for attempt in range(3):
-            try:
-                return ray.get(question(self._manager_actor()))
-            except rays.RayActorError as error:
-                with self._manager_lock:
-                    self._manager = None
-                if attempt == 2:
-                    raise BackendError(
-                        f"the manager {MANAGER_NAME} does not answer: {error}. See its log in Ray's "
-                        f"session directory."
-                    ) from error
-        raise AssertionError("unreachable")
-
-    def _manager_actor(self) -> Any:
-        with self._manager_lock:
-            if self._manager is None:
-                self._manager = (
-                    ray.remote(Manager)
-                    .options(
-                        name=MANAGER_NAME,
-                        namespace=NAMESPACE,
-                        lifetime="detached",
-                        get_if_exists=True,
-                        num_cpus=0,
-                        max_restarts=-1,
-                        max_task_retries=-1,
-                        max_concurrency=64,
-                    )
-                    .remote()
-                )
-            return self._manager
 
 
 def _connection_identity() -> str:

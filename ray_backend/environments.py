@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from ray_backend.dockerfile import dockerfile_of
 
 __all__ = ["Environment", "compile_image"]
 
+_DEFAULT_PYTHON = "3.11"  # of `Image.debian_slim`, so nobody asked for it
 _INSTALLERS = {"pip": "pip", "uv": "uv"}
 
 
@@ -73,6 +75,7 @@ def compile_image(
     if image.needs_container:
         runtime_env["image_uri"] = image.base if image.prebuilt else build(dockerfile_of(image))
     else:
+        _check_python(image.python_version)
         for kind, wanted in packages.items():
             lacking = missing(wanted) if wanted else []
             if lacking:
@@ -81,6 +84,16 @@ def compile_image(
             # Ray takes one installer per environment; both read the same requirements.
             runtime_env["uv"] = [*runtime_env.pop("pip"), *runtime_env["uv"]]
     return Environment(runtime_env or None, tuple(files), workdir)
+
+
+def _check_python(wanted: str | None) -> None:
+    """Refuse a Python that the nodes do not run: Ray needs one version on all of them."""
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if wanted not in (None, _DEFAULT_PYTHON, here):
+        raise EnvironmentSetupError(
+            f"Image.debian_slim(python_version={wanted!r}): the cluster runs Python {here}, and Ray "
+            f"needs the same one everywhere. Leave python_version out, or run a cluster on {wanted}."
+        )
 
 
 def missing_on_node(requirements: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ import pickle
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import ray
@@ -71,7 +72,7 @@ class RayInstance(InstanceRef):
             submitter = getattr(self._actor, actor_method_name(method.name)).remote
             self._submitters[method.name] = submitter
         try:
-            return RayCall(self, submitter(*args, **kwargs), submitter, args, kwargs)
+            return RayCall(self, submitter(*args, **kwargs), submitter, args, kwargs, timeout_s)
         except (TypeError, pickle.PicklingError, AttributeError) as error:
             raise self._unserializable(method, args, kwargs, error) from error
 
@@ -113,7 +114,7 @@ class RayInstance(InstanceRef):
             submitter = actor_method.options(num_returns="streaming").remote
             self._submitters[key] = submitter
         try:
-            return RayStream(self, submitter(*args, **kwargs))
+            return RayStream(self, submitter(*args, **kwargs), timeout_s)
         except (TypeError, pickle.PicklingError, AttributeError) as error:
             raise self._unserializable(method, args, kwargs, error) from error
 
@@ -146,11 +147,21 @@ class RayInstance(InstanceRef):
             self._actor.apothic_cancel.remote(task_id)
 
     def error_of(
-        self, error: BaseException, ref: Any, timeout_s: float | None = None
+        self, error: BaseException, call: Submitted, waited_s: float | None = None
     ) -> BaseException:
-        """Translate what a call raised."""
-        return translate(
-            error, self.label, lambda: self._client.take_timeout(ref.task_id().hex()), timeout_s
+        """Translate what a call raised; ``waited_s`` is what its caller was ready to wait."""
+        return translate(error, self.label, lambda: self._timeout_word(call), waited_s)
+
+    def _timeout_word(self, call: Submitted) -> str | None:
+        """Read what the process left for a call that it could only end together with itself."""
+        limit_s = call.timeout_s
+        if limit_s is None:
+            spec = self._client.find_spec(self._handle.spec_digest)
+            limit_s = 0.0 if spec is None else float(spec.options["timeout_s"])
+        return self._client.take_timeout(
+            call.ref.task_id().hex(),
+            self._actor._actor_id.hex(),
+            overdue=time.monotonic() - call.since >= limit_s,
         )
 
     def wait_for_restart(self) -> None:
@@ -162,10 +173,19 @@ class RayInstance(InstanceRef):
                 raise
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """What is known of a call when it fails: its reference, own limit, and when it was submitted."""
+
+    ref: Any
+    timeout_s: float | None
+    since: float
+
+
 class RayCall(CallRef):
     """One call: an ObjectRef, and what it takes to send it again if it never reached the actor."""
 
-    __slots__ = ("_args", "_instance", "_kwargs", "_ref", "_submitter")
+    __slots__ = ("_args", "_instance", "_kwargs", "_ref", "_since", "_submitter", "_timeout_s")
 
     def __init__(
         self,
@@ -174,10 +194,13 @@ class RayCall(CallRef):
         submitter: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        timeout_s: float | None,
     ) -> None:
         """Wrap a submitted call."""
         self._instance = instance
         self._ref = ref
+        self._timeout_s = timeout_s
+        self._since = time.monotonic()
         self._submitter = submitter
         # Kept only where they may be needed again: they can be large.
         again = instance.handle.named
@@ -193,8 +216,12 @@ class RayCall(CallRef):
                 return self._send_again(time.monotonic() + RESTART_S, timeout_s)
             self._raise(error, timeout_s)
 
+    @property
+    def _submitted(self) -> Submitted:
+        return Submitted(self._ref, self._timeout_s, self._since)
+
     def _raise(self, error: BaseException, timeout_s: float | None) -> NoReturn:
-        found = self._instance.error_of(error, self._ref, timeout_s)
+        found = self._instance.error_of(error, self._submitted, timeout_s)
         raise found from found.__cause__  # keeps the remote traceback, drops Ray's own frames
 
     def _send_again(self, deadline: float, timeout_s: float | None) -> Any:
@@ -232,7 +259,7 @@ class RayCall(CallRef):
             if self._args is not None and was_never_sent(error):
                 _set(future, self._send_again(time.monotonic() + RESTART_S, None), None)
                 return
-            _set(future, None, self._instance.error_of(error, self._ref))
+            _set(future, None, self._instance.error_of(error, self._submitted))
         except BaseException as other:
             _set(future, None, other)
 
@@ -272,9 +299,10 @@ def _set(future: Future[Any], value: Any, error: BaseException | None) -> None:
 class RayStream(ItemStream):
     """The items of a streaming generator call."""
 
-    def __init__(self, instance: RayInstance, generator: Any) -> None:
+    def __init__(self, instance: RayInstance, generator: Any, timeout_s: float | None) -> None:
         """Wrap a ``ray.ObjectRefGenerator``."""
         self._instance = instance
+        self._submitted = Submitted(generator._generator_ref, timeout_s, time.monotonic())
         self._generator = generator
         self._open = True
         self._count = 0
@@ -314,7 +342,7 @@ class RayStream(ItemStream):
             self._instance.native.apothic_confirm.remote(task_id, ACK_EVERY)
 
     def _error(self, error: rays.RayError) -> BaseException:
-        return self._instance.error_of(error, self._generator._generator_ref)
+        return self._instance.error_of(error, self._submitted)
 
     def close(self) -> None:
         """Stop the producer, also one that waits for its consumer; Ray does not do so by itself."""

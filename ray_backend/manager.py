@@ -30,6 +30,13 @@ STOP_THREADS = 16
 DRAIN_S = 10.0
 HOOKS_S = 30.0
 
+_GONE: dict[str, Any] = {
+    "closed": False,
+    "hooks": [],
+    "interrupted_calls": 0,
+    "note": "it was gone already",
+}
+
 
 class Manager:
     """The actor's plain class; its methods may run side by side."""
@@ -72,8 +79,10 @@ class Manager:
 
     def close(self, name: str, actor_id: str | None) -> dict[str, Any]:
         """Stop an instance now, whoever holds it; with an actor id only that very actor."""
+        if actor_id is not None and actor_of(name) not in (None, actor_id):
+            return dict(_GONE)  # another took the name since, and the lease is that one's
         self._book.begin_stop(name)
-        return self._stop(name, actor_id)
+        return self._stop(name)
 
     def forget(self, name: str) -> None:
         """Drop the lease of an instance that was never made."""
@@ -107,12 +116,12 @@ class Manager:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _stop(self, name: str, actor_id: str | None = None) -> dict[str, Any]:
+    def _stop(self, name: str) -> dict[str, Any]:
         try:
-            report = stop_actor(name, actor_id)
+            report = stop_actor(name)
         except Exception:
             traceback.print_exc()
-            report = {"closed": False, "hooks": [], "interrupted_calls": 0, "note": "stop failed"}
+            report = {**_GONE, "note": "stop failed"}
         self._book.forget(name)
         return {"name": name, **report}
 
@@ -153,32 +162,28 @@ def instance_names() -> list[str]:
     ]
 
 
-def stop_actor(
-    name: str,
-    actor_id: str | None = None,
-    drain_s: float = DRAIN_S,
-    hooks_s: float = HOOKS_S,
-) -> dict[str, Any]:
+def actor_of(name: str) -> str | None:
+    """Give the id of the actor that has a name, in hex, or None."""
+    try:
+        found: str = ray.get_actor(name, namespace=NAMESPACE)._actor_id.hex()
+    except ValueError:
+        return None
+    return found
+
+
+def stop_actor(name: str, drain_s: float = DRAIN_S, hooks_s: float = HOOKS_S) -> dict[str, Any]:
     """Stop an instance with its exit hooks, then remove its actor and wait until the name is free."""
-    nothing: dict[str, Any] = {
-        "closed": False,
-        "hooks": [],
-        "interrupted_calls": 0,
-        "note": "it was gone already",
-    }
     try:
         actor = ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
-        return nothing
-    if actor_id is not None and actor._actor_id.hex() != actor_id:
-        return nothing  # another took the name since
-    report = nothing
+        return dict(_GONE)
+    report = dict(_GONE)
     try:
         report = ray.get(
             actor.apothic_stop.remote(drain_s, hooks_s), timeout=drain_s + hooks_s + 15.0
         )
     except ray.exceptions.GetTimeoutError:
-        report = {**nothing, "closed": True, "note": "it did not answer and was killed"}
+        report = {**_GONE, "closed": True, "note": "it did not answer and was killed"}
     except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
         pass
     try:
@@ -186,10 +191,6 @@ def stop_actor(
     except Exception:
         return report
     deadline = time.monotonic() + 10.0
-    while time.monotonic() < deadline:
-        try:
-            ray.get_actor(name, namespace=NAMESPACE)
-        except ValueError:
-            break
+    while time.monotonic() < deadline and actor_of(name) is not None:
         time.sleep(0.002)
     return report

@@ -26,12 +26,9 @@ from ray_backend.actors.failure import RemoteFailure, decode_user_error
 
 __all__ = ["NEVER_SENT", "decode_failure", "failure_inside", "translate", "was_never_sent"]
 
-NEVER_SENT = (
-    "failed to connect to all addresses",
-    "The actor is temporarily unavailable: Actor is restarting",
-    "the actor is restarting",
-)
-"""Words of Ray for a call that did not reach the actor, so that it can be sent again."""
+NEVER_SENT = ("failed to connect to all addresses", "the actor is restarting")
+"""Words of Ray, in lower case, for a call that did not reach the actor and can be sent again; one that
+was under way when the process died gets others ("the actor was restarted", "connection reset")."""
 
 _KILLED = re.compile(r"killed by [`']?ray\.kill|ray\.kill|intended|exit_actor", re.IGNORECASE)
 
@@ -73,7 +70,7 @@ def failure_inside(error: BaseException) -> RemoteFailure | None:
 def was_never_sent(error: BaseException) -> bool:
     """Tell whether a call failed before it reached the actor: sending it again is no second run."""
     return isinstance(error, rays.ActorUnavailableError) and any(
-        words in str(error) for words in NEVER_SENT
+        words in str(error).lower() for words in NEVER_SENT
     )
 
 

@@ -1,8 +1,6 @@
-"""Check that no public type of a package is unknown; print how many pyright calls ambiguous.
+"""Check that every public type of a package is known, to every type checker alike.
 
 Usage: python scripts/verifytypes.py PACKAGE
-
-Ambiguous ones are inferred, as the async twins are: every checker may infer them, but need not alike.
 """
 
 from __future__ import annotations
@@ -24,7 +22,10 @@ def main(package: str) -> int:
         f"verifytypes: {counts['withKnownType']} known, {counts['withAmbiguousType']} ambiguous, "
         f"{counts['withUnknownType']} unknown"
     )
-    return 1 if counts["withUnknownType"] else 0
+    for symbol in found["symbols"]:
+        if symbol["isExported"] and not symbol["isTypeKnown"]:
+            print(f"  {symbol['name']}")
+    return 1 if counts["withUnknownType"] + counts["withAmbiguousType"] else 0
 
 
 if __name__ == "__main__":

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.support import eventually
+from tests.support import eventually, processes_of_run
 
 # Ray's token would have to be handed to each driver process; tests of it set it up themselves.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+RUN_VARIABLE = "APOTHIC_TEST_RUN"
+"""Every process that a test starts, however far down, has it in its environment."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """See that the whole run leaves no process, volume or mount behind."""
+    root = tmp_path_factory.mktemp("volume-root")
+    run = uuid.uuid4().hex
+    os.environ[RUN_VARIABLE] = run
+    os.environ["APOTHIC_VOLUME_ROOT"] = str(root)
+    yield
+    eventually(lambda: not processes_of_run(RUN_VARIABLE, run))
+    left = list(Path(root, "volumes").glob("*"))
+    assert left == []
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +40,7 @@ def cluster() -> Iterator[str]:
 
     assert not ray.is_initialized()
     ray.init(
+        address="local",  # whatever else runs on this machine
         num_cpus=8,
         namespace="apothic",
         include_dashboard=False,

@@ -91,7 +91,7 @@ class _Shell:
         from ray_backend.actors.services import WorkerServices
 
         worker = WorkerServices(plan)
-        worker.refuse_unwanted_restart()
+        worker.settle_restart()
         me = worker.current_actor()
         self.apothic_host = host = InstanceHost(
             plan,
@@ -104,6 +104,7 @@ class _Shell:
                 task_id=worker.task_id,
                 consumer_lives=worker.consumer_lives,
                 cleanup=worker.cleanup,
+                guard=worker.guard(),
             ),
         )
         _stop_on_sigterm(host, worker.remove)

@@ -15,7 +15,7 @@ __all__ = ["ACK_EVERY", "AHEAD", "CONSUMER_KEY", "StreamGate"]
 AHEAD = 256
 """Items that a generator may be ahead of its consumer."""
 
-ACK_EVERY = 64
+ACK_EVERY = 128
 """Items after which the consumer confirms."""
 
 CONSUMER_KEY = "__apothic_consumer__"

@@ -24,6 +24,7 @@ from typing import Any
 
 from ray_backend.actors.failure import RemoteFailure, capture, format_error
 from ray_backend.actors.gate import CONSUMER_KEY, StreamGate
+from ray_backend.actors.hang import HangGuard
 from ray_backend.actors.running import ActiveCall, CallBook, make_sleep_interruptible
 
 __all__ = ["TIMEOUT_KEY", "HostServices", "InstanceHost", "InstancePlan"]
@@ -72,6 +73,14 @@ class InstancePlan:
         """Name the instance in messages."""
         return f"{self.app}.{self.cls} {self.instance_id!r}"
 
+    def lost_to_timeout(self, timeout_s: float, method: str = "the call") -> str:
+        """Say that a call could only be ended together with its process."""
+        return (
+            f"{self.label}: {method} ran longer than its timeout_s={timeout_s:g} and could not be "
+            f"interrupted, as it was in native code. Its process was replaced: what the instance "
+            f"held in memory is lost. Raise timeout_s, or make the code interruptible."
+        )
+
     @property
     def is_async(self) -> bool:
         """Whether a method needs an event loop."""
@@ -91,6 +100,7 @@ class HostServices:
         task_id: names the call that the current thread or task executes.
         consumer_lives: tells whether the job or actor that reads a stream still lives.
         cleanup: undoes what ``prepare`` did.
+        guard: ends the process when native code keeps the interpreter lock past a deadline.
     """
 
     prepare: Callable[[], None]
@@ -101,6 +111,7 @@ class HostServices:
     task_id: Callable[[], Any]
     consumer_lives: Callable[[str], bool] = lambda _: True
     cleanup: Callable[[], None] = lambda: None
+    guard: HangGuard | None = None
 
 
 @dataclass
@@ -130,7 +141,7 @@ class InstanceHost:
         self._stop: _Stop | None = None
         self._object: Any = None
         self._bound: dict[str, Callable[..., Any]] = {}
-        self._book = CallBook(plan.timeout_s, self._replace_process)
+        self._book = CallBook(plan.timeout_s, self._replace_process, services.guard)
         self._started_unix_s: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._threads = (
@@ -449,11 +460,7 @@ class InstanceHost:
             file=sys.stderr,
         )
         task_id = call.task_id.hex() if hasattr(call.task_id, "hex") else str(call.task_id)
-        text = (
-            f"{self.plan.label}: {call.method} ran longer than its timeout_s={call.timeout_s:g} and "
-            f"could not be interrupted, as it was in native code. Its process was replaced: what "
-            f"the instance held in memory is lost. Raise timeout_s, or make the code interruptible."
-        )
+        text = self.plan.lost_to_timeout(call.timeout_s, call.method)
         self._services.replace(task_id, text if call.interrupted == "timeout" else "")
 
     # -- stop ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from ray_backend.actors.gate import StreamGate
+from ray_backend.actors.hang import HANG_GRACE_S, HangGuard
 
 __all__ = ["ActiveCall", "CallBook", "CallInterrupted", "make_sleep_interruptible"]
 
@@ -39,6 +40,7 @@ class ActiveCall:
         "method",
         "pending_exc",
         "remaining_s",
+        "slot",
         "task",
         "task_id",
         "thread_id",
@@ -54,6 +56,7 @@ class ActiveCall:
         self.kill_at: float | None = None
         self.interrupted: Reason | None = None
         self.pending_exc = False
+        self.slot = -1
         self.task_id = task_id
         self.thread_id: int | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -65,9 +68,21 @@ class ActiveCall:
 class CallBook:
     """The running calls of one instance."""
 
-    def __init__(self, timeout_s: float, replace_process: Callable[[ActiveCall], None]) -> None:
-        """Watch calls; ``replace_process`` ends a process whose call cannot be interrupted."""
+    def __init__(
+        self,
+        timeout_s: float,
+        replace_process: Callable[[ActiveCall], None],
+        guard: HangGuard | None = None,
+    ) -> None:
+        """Watch calls.
+
+        Args:
+            timeout_s: the limit of calls that bring none of their own.
+            replace_process: ends a process whose call cannot be interrupted.
+            guard: does so where not even the watching thread can run.
+        """
         self._timeout_s = timeout_s
+        self._guard = guard
         self._replace_process = replace_process
         self._calls: set[ActiveCall] = set()
         self._condition = threading.Condition()
@@ -124,6 +139,9 @@ class CallBook:
 
     def _run(self, call: ActiveCall) -> None:
         call.deadline = time.monotonic() + call.remaining_s
+        if self._guard is not None:
+            self._guard.cover(call.deadline, alone=len(self._calls) == 1)
+            call.slot = self._guard.note(_binary(call.task_id), call.deadline, call.timeout_s)
         if call.deadline < self._wake_at:
             self._condition.notify_all()
         if call.task is None and call.loop is None:
@@ -134,6 +152,8 @@ class CallBook:
         if call.deadline is not None:
             call.remaining_s = max(0.0, call.deadline - time.monotonic())
             call.deadline = None
+            if self._guard is not None:
+                self._guard.forget(call.slot)
         if call.thread_id is not None:
             self._by_thread.pop(call.thread_id, None)
             if call.pending_exc:
@@ -228,6 +248,7 @@ class CallBook:
                         else:
                             next_at = min(next_at, call.deadline)
                 if stuck is None:
+                    next_at = self._tend_guard(now, next_at)
                     # The lock is held since `now`, so no call can have been missed.
                     self._wake_at = next_at
                     self._condition.wait(max(0.001, min(next_at - now, threading.TIMEOUT_MAX)))
@@ -236,9 +257,27 @@ class CallBook:
             self._replace_process(stuck)
             return
 
+    def _tend_guard(self, now: float, next_at: float) -> float:
+        """Push the guard's timer on, or take it back; give when to look next."""
+        guard = self._guard
+        if guard is None or not guard.fires_at:
+            return next_at
+        deadlines = [call.deadline for call in self._calls if call.deadline is not None]
+        if deadlines:
+            # This thread runs, so nobody keeps the lock: what is overdue is not for the guard.
+            guard.cover(max(now + 1.0, *deadlines), alone=False)
+        elif now >= guard.fires_at - HANG_GRACE_S:
+            guard.rest()
+            return next_at
+        return min(next_at, max(now, guard.fires_at - HANG_GRACE_S))
+
 
 def _hex(task_id: Any) -> str:
     return task_id.hex() if hasattr(task_id, "hex") else str(task_id)
+
+
+def _binary(task_id: Any) -> bytes:
+    return task_id.binary() if hasattr(task_id, "binary") else b""
 
 
 def _set_async_exc(thread_id: int, exception: type[BaseException] | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from ray_backend.actors.failure import RemoteFailure
+from ray_backend.actors.hang import HangGuard, read_hang
 from ray_backend.actors.host import InstancePlan
 from ray_backend.actors.loading import load_class, share_class_identities
 from ray_backend.actors.mounts import Mounts
@@ -54,14 +55,26 @@ class WorkerServices:
         except Exception:
             return True  # the GCS is away for a moment
 
-    def refuse_unwanted_restart(self) -> None:
-        """Let only named instances, and those whose process we replaced, come back.
+    def guard(self) -> HangGuard:
+        """Make the guard of this process."""
+        return HangGuard(self._hang_base(), self._plan.concurrency, self._plan.timeout_s)
+
+    def _hang_base(self) -> Path:
+        return session_directory() / "apothic" / "hangs" / str(self._context.get_actor_id())
+
+    def settle_restart(self) -> None:
+        """Tell callers what a guard ended, and let only wanted restarts go on.
+
+        Named instances come back, and those whose process we replaced or a guard ended.
 
         An unnamed instance whose process died is lost: its holder is told so and makes another. Ray
         restarts it nevertheless, since the same actor must come back when a call that could not be
         interrupted had its process replaced.
         """
-        if not self.restarted or self._plan.named:
+        if not self.restarted:
+            return
+        hung = self._report_hang()
+        if self._plan.named or hung:
             return
         if not self._registry.take_replaced(self._plan.actor_name):
             raise RemoteFailure(
@@ -69,6 +82,19 @@ class WorkerServices:
                 f"{self._plan.label} lost its process: it was killed, ran out of memory or crashed. "
                 f"What it held in memory is gone. Make another, or use named(…), which comes back.",
             )
+
+    def _report_hang(self) -> bool:
+        """Leave word for the callers of what the process before this one was stuck in."""
+        found = read_hang(self._hang_base())
+        if found is None:
+            return False
+        calls, stacks = found
+        print(f"apothic: {self._plan.label} kept the interpreter lock\n{stacks}", file=sys.stderr)
+        for call in calls:
+            if call.overdue:
+                text = self._plan.lost_to_timeout(call.timeout_s)
+                self._registry.put_timeout(call.task_id, f"{text} It was stuck at:\n{stacks}")
+        return True
 
     def prepare(self) -> None:
         """Set secrets, volumes and files up, in that order, before the class is loaded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import threading
 import time
@@ -73,6 +74,21 @@ class Fragile:
     def stuck(self) -> None:
         self.note("stuck")
         ctypes.CDLL(None).sleep(60)
+
+    @method()
+    def stuck_with_lock(self) -> None:
+        self.note("stuck_with_lock")
+        ctypes.PyDLL(None).sleep(60)  # keeps the interpreter lock, as a C extension may
+
+    @method()
+    def backtrack(self) -> None:
+        self.note("backtrack")
+        re.match(r"(a|aa)+$", "a" * 60 + "b")
+
+    @method()
+    def hold_lock(self, seconds: int) -> int:
+        ctypes.PyDLL(None).sleep(seconds)
+        return seconds
 
 
 @app.cls(cpu=0, memory_mb=10, timeout_s=1)
@@ -181,20 +197,58 @@ def test_python_code_is_interrupted_and_state_kept(
     inst.close()
 
 
-@pytest.mark.parametrize("kind", ["new", "named"])
-def test_native_code_has_its_process_replaced(ray_cluster: str, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "verb"),
+    [("new", "stuck"), ("named", "stuck"), ("named", "stuck_with_lock"), ("new", "backtrack")],
+)
+def test_native_code_has_its_process_replaced(
+    ray_cluster: str, tmp_path: Path, kind: str, verb: str
+) -> None:
     log = tmp_path / "log"
     inst = Fragile.new(str(log)) if kind == "new" else Fragile.named("native", str(log))
     inst.add.remote(41)
     pid = inst.pid.remote()
     began = time.monotonic()
     with pytest.raises(FunctionTimeoutError, match="lost") as caught:
-        inst.stuck.remote()
-    assert time.monotonic() - began < 1 + 8
+        getattr(inst, verb).remote()
+    assert time.monotonic() - began < 1 + 12
     assert caught.value.state_lost
+    if verb != "stuck":
+        assert f"in {verb}" in str(caught.value)  # the stack says where
     assert inst.add.remote(1) == 1
     assert process_is_gone(pid)
-    assert words(log) == ["init", "enter", "stuck", "init", "enter"]
+    assert words(log) == ["init", "enter", verb, "init", "enter"]
+    inst.close()
+
+
+def test_only_the_overdue_call_is_said_to_have_timed_out(ray_cluster: str) -> None:
+    inst = Fragile.named("queue")
+    inst.pid.remote()
+    stuck, queued = inst.stuck_with_lock.spawn(), inst.pid.spawn()
+    with pytest.raises(FunctionTimeoutError):
+        stuck.get()
+    with pytest.raises(InstanceLostError):
+        queued.get()
+    inst.close()
+
+
+def test_keeping_the_lock_within_the_limit_is_no_fault(ray_cluster: str) -> None:
+    inst = Fragile.new()
+    pid = inst.pid.remote()
+    inst.sleep.remote(0.1, timeout_s=0.5)  # the guard was set for less time
+    assert inst.hold_lock.remote(7, timeout_s=8) == 7
+    assert inst.hold_lock.remote(1, timeout_s=2) == 1
+    assert inst.pid.remote() == pid
+    inst.close()
+
+
+def test_an_idle_instance_is_left_alone(ray_cluster: str) -> None:
+    inst = Fragile.new()
+    pid = inst.pid.remote()
+    job = Fragile.new()
+    job.hold_lock.remote(7, timeout_s=8)  # longer than a guard that nobody took back would wait
+    job.close()
+    assert inst.pid.remote() == pid
     inst.close()
 
 
