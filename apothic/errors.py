@@ -31,6 +31,11 @@
     │   ├── InstanceStartError                  construction or an ``enter`` hook failed
     │   ├── InstanceLostError                   its process, node or cluster died
     │   └── InstanceClosedError                 it was closed
+    ├── SandboxError
+    │   ├── SandboxEngineError                  the Docker engine of a node could not do its part
+    │   │   └── SandboxNetworkError             it cannot enforce what ``network`` promises
+    │   ├── ImageNotFoundError (LookupError)    an image is neither on the node nor in a registry
+    │   └── ImageBuildError                     a step of an image failed
     └── CallError
         ├── RemoteError                         user code failed with an error that cannot travel
         ├── FunctionTimeoutError (TimeoutError) the call ran longer than its ``timeout_s``
@@ -60,6 +65,8 @@ __all__ = [
     "EnvironmentSetupError",
     "FunctionTimeoutError",
     "HandleError",
+    "ImageBuildError",
+    "ImageNotFoundError",
     "InstanceClosedError",
     "InstanceError",
     "InstanceLostError",
@@ -75,6 +82,9 @@ __all__ = [
     "PlacementTimeoutError",
     "RemoteError",
     "RemoteTraceback",
+    "SandboxEngineError",
+    "SandboxError",
+    "SandboxNetworkError",
     "SandboxNotFoundError",
     "SecretNotFoundError",
     "SerializationError",
@@ -215,6 +225,37 @@ class InstanceLostError(InstanceError):
 
 class InstanceClosedError(InstanceError):
     """The instance was closed, by this process or by another."""
+
+
+class SandboxError(ApothicError):
+    """Something happened to a sandbox."""
+
+
+class SandboxEngineError(SandboxError):
+    """The node's Docker engine is missing, refuses, does not answer, or could not do its part."""
+
+
+class SandboxNetworkError(SandboxEngineError):
+    """The node's engine cannot enforce what the sandbox's ``network`` promises; it was not started."""
+
+
+class ImageNotFoundError(SandboxError, LookupError):
+    """An image is not on the node and could not be pulled."""
+
+
+class ImageBuildError(SandboxError):
+    """A step of an image failed.
+
+    Attributes:
+        step: the Dockerfile instruction that failed, or an empty string when none had begun.
+        log: the end of the build's output.
+    """
+
+    def __init__(self, message: str, step: str = "", log: str = "") -> None:
+        """Keep the step and the log beside the message, which holds both."""
+        super().__init__(message)
+        self.step = step
+        self.log = log
 
 
 class CallError(ApothicError):
