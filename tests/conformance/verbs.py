@@ -204,7 +204,7 @@ class Verbs(Conformance):
         found = Cls.from_name(deployed.name, "Box")
         assert found.remote_only
         assert found.parameter_names == ("value", "log")
-        assert str(found.signature) == "(value: int = 0, log: str | None = None)"
+        assert str(found.signature) == str(Box.signature).replace("'", "")
         assert found.method_info("add").kind == "sync"
         assert found.method_info("add").doc == "Add up."
         assert found.__doc__ == "A box of numbers."
