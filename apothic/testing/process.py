@@ -30,6 +30,7 @@ from apothic.testing.running import (
     Threads,
     Watch,
     format_error,
+    text_of,
     travelled,
 )
 from apothic.twins import in_thread
@@ -380,7 +381,9 @@ class Process:
                 error = f"TimeoutError: exit hooks took longer than {HOOKS_S:g} s"
             else:
                 if failure is not None:
-                    error = f"{type(failure).__name__}: {failure}"
+                    message = text_of(failure)
+                    name_of = type(failure).__name__
+                    error = f"{name_of}: {message}" if message else name_of
                     trace = format_error(failure)
             if error is not None:
                 print(

@@ -27,6 +27,7 @@ __all__ = [
     "Threads",
     "Watch",
     "format_error",
+    "text_of",
     "travelled",
 ]
 
@@ -312,10 +313,11 @@ def travelled(error: BaseException) -> Exception:
             back.__cause__ = RemoteTraceback(trace)
             return back  # type: ignore[no-any-return]  # it is of the type of `error`
     kind = type(error)
-    return RemoteError(f"{kind.__module__}.{kind.__qualname__}", _text_of(error), trace)
+    return RemoteError(f"{kind.__module__}.{kind.__qualname__}", text_of(error), trace)
 
 
-def _text_of(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
+    """Give its text, whatever its ``__str__`` does."""
     try:
         return str(error)
     except Exception as broken:

@@ -611,7 +611,7 @@ class _Record:
             {
                 "name": self._name,
                 "duration_s": time.perf_counter() - self._begin,
-                "error": None if failure is None else failure.text,
+                "error": None if failure is None else failure.short,
                 "traceback": None if failure is None else failure.trace,
             }
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from apothic import (
-    App,
-)
+from apothic import Cls
 from apothic.errors import (
     FunctionTimeoutError,
     InstanceStartError,
@@ -18,21 +18,52 @@ from apothic.errors import (
     RemoteTraceback,
     WaitTimeoutError,
 )
+from apothic.values import HookResult
 from tests.conformance.subjects import (
     FAILURES,
-    SMALL,
     STAND_INS,
     AsyncBox,
     Box,
     Conformance,
-    FailsToStart,
     Hasty,
     HastyAsync,
     Hooked,
     OddError,
+    Raises,
+    RaisesAsync,
     lines,
 )
 from tests.support import eventually
+
+HOWS = [*(how for how, _, _ in FAILURES), *(how for how, _, _ in STAND_INS)]
+
+
+def arrival(how: str, in_coroutine: bool) -> tuple[str, str]:
+    """Give the type's full name and a part of the text of what a caller sees."""
+    if how == "stop" and in_coroutine:
+        # Python itself turns it into this in coroutines and generators.
+        return "builtins.RuntimeError", "raised StopIteration"
+    for name, kind, text in FAILURES:
+        if name == how:
+            return f"{kind.__module__}.{kind.__qualname__}", text
+    return next((full, text) for name, full, text in STAND_INS if name == how)
+
+
+def check_arrival(error: BaseException, how: str, in_coroutine: bool) -> None:
+    """Check type, text and remote traceback of what a caller got."""
+    kind, text = arrival(how, in_coroutine)
+    if isinstance(error, RemoteError):
+        assert (error.type_name, error.message) == (kind, text)
+        trace = error.traceback
+    else:
+        assert f"{type(error).__module__}.{type(error).__qualname__}" == kind
+        assert text in str(error)
+        assert isinstance(error.__cause__, RemoteTraceback)
+        trace = str(error.__cause__)
+    assert "in fail" in trace
+    if how == "cause":
+        assert "3 against 4" in trace
+        assert "direct cause" in trace
 
 
 class Failures(Conformance):
@@ -72,20 +103,56 @@ class Failures(Conformance):
                     assert isinstance(second, OddError)
             assert box.add.remote() == 1
 
-    @pytest.mark.parametrize(("how", "type_name", "message"), STAND_INS)
-    def test_exceptions_that_cannot_travel(self, how: str, type_name: str, message: str) -> None:
-        with Box.new() as box, AsyncBox.new() as async_box:
-            functions = [box.fail, async_box.sync_fail]
-            if how != "stop":  # Python itself turns it into RuntimeError in a coroutine
-                functions.append(async_box.fail)
-            for function in functions:
-                with pytest.raises(RemoteError) as caught:
-                    function.remote(how)
-                assert caught.value.type_name == type_name
-                assert caught.value.message == message
-                assert "in fail" in caught.value.traceback
-            assert box.add.remote() == 1
-            assert async_box.triple.remote(1) == 3
+    @pytest.mark.parametrize("cls", [Raises, RaisesAsync])
+    def test_raised_by_methods_and_generators(self, cls: Cls) -> None:
+        is_async = cls.name == "RaisesAsync"
+        with cls.new() as inst:
+            for how in HOWS:
+                methods = [(inst.plain, is_async)]
+                generators = [inst.generator]
+                if is_async:
+                    methods.append((inst.sync_plain, False))
+                    generators.append(inst.sync_generator)
+                for function, in_coroutine in methods:
+                    with pytest.raises(Exception) as caught:  # noqa: PT011 - looked at below
+                        function.remote(how)
+                    check_arrival(caught.value, how, in_coroutine)
+                for function, after in product(generators, (0, 2)):
+                    stream = function.remote_gen(how, after)
+                    assert [next(stream) for _ in range(after)] == list(range(after))
+                    with pytest.raises(Exception) as caught:  # noqa: PT011
+                        next(stream)
+                    check_arrival(caught.value, how, True)
+                assert inst.fine.remote() == "fine"
+
+    @pytest.mark.parametrize("cls", [Raises, RaisesAsync])
+    @pytest.mark.parametrize("where", ["construction", "enter"])
+    def test_raised_by_the_start(self, cls: Cls, where: str) -> None:
+        def start(how: str) -> BaseException:
+            with pytest.raises(InstanceStartError) as caught:
+                cls.new(where, how)
+            return caught.value
+
+        in_coroutine = where == "enter" and cls.name == "RaisesAsync"
+        with ThreadPoolExecutor(4) as threads:
+            for how, error in zip(HOWS, threads.map(start, HOWS), strict=True):
+                assert error.__cause__ is not None
+                assert arrival(how, in_coroutine)[1] in str(error)
+                check_arrival(error.__cause__, how, in_coroutine)
+
+    @pytest.mark.parametrize("cls", [Raises, RaisesAsync])
+    def test_raised_by_exit_hooks(self, cls: Cls) -> None:
+        def close(how: str) -> HookResult:
+            (hook,) = cls.new("exit", how).close().failed_hooks
+            return hook
+
+        with ThreadPoolExecutor(4) as threads:
+            for how, hook in zip(HOWS, threads.map(close, HOWS), strict=True):
+                kind, text = arrival(how, cls.name == "RaisesAsync")
+                assert hook.error is not None
+                assert hook.error.startswith(kind.rpartition(".")[2])
+                assert text in hook.error
+                assert "in fail" in (hook.traceback or "")
 
     @pytest.mark.parametrize("how", ["init", "base_up", "a_second"])
     def test_a_failed_start_leaves_nothing(self, how: str, name: str, log: Path) -> None:
@@ -105,13 +172,6 @@ class Failures(Conformance):
         assert not Hooked.close_named(name).closed
         with Hooked.named(name, str(log)) as free:
             assert free.ping.remote() == "child of base"
-
-    def test_a_start_that_ends_the_process(self) -> None:
-        failing = App("conformance").cls(**SMALL)(FailsToStart)
-        for how in ("exit", "stop", "interrupt"):
-            with pytest.raises(InstanceStartError) as caught:
-                failing.new(how)
-            assert isinstance(caught.value.__cause__, RemoteError)
 
     # -- time ----------------------------------------------------------------------------------
 

@@ -93,8 +93,9 @@ def fail(how: str) -> None:
         noted.__notes__ = ["look here"]  # type: ignore[attr-defined]  # as add_note does, on 3.10 too
         raise noted
     if how == "group":
-        many = [ValueError("one"), OddError(5, right=6)]
-        raise getattr(builtins, "ExceptionGroup")("many", many)  # noqa: B009 - new in 3.11
+        raise getattr(builtins, "ExceptionGroup")(  # noqa: B009 - new in 3.11
+            "many", [ValueError("one"), OddError(5, right=6)]
+        )
     if how == "ours":
         raise ConflictError("raised by user code")
     if how == "lock":
@@ -112,7 +113,7 @@ def fail(how: str) -> None:
     }[how]
 
 
-FAILURES = [
+FAILURES: list[tuple[str, type[Exception], str]] = [
     ("plain", KeyError, "'plain'"),
     ("odd", OddError, "1 against 2"),
     ("os", FileNotFoundError, "[Errno 2] No such file: 'lost.txt'"),
@@ -120,13 +121,9 @@ FAILURES = [
     ("cause", ValueError, "on top"),
     ("note", ValueError, "noted"),
     ("ours", ConflictError, "raised by user code"),
-    pytest.param(
-        "group",
-        Exception,
-        "many (2 sub-exceptions)",
-        marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="new in Python 3.11"),
-    ),
 ]
+if sys.version_info >= (3, 11):
+    FAILURES.append(("group", ExceptionGroup, "many (2 sub-exceptions)"))  # noqa: F821
 """Exceptions that arrive as themselves: name, type, a part of their text."""
 
 STAND_INS = [
@@ -475,15 +472,84 @@ class Narrow(Box):
     pass
 
 
-class FailsToStart:
-    def __init__(self, how: str) -> None:
+@app.cls(**SMALL)
+class Raises:
+    """Raises something somewhere."""
+
+    def __init__(self, where: str = "", how: str = "") -> None:
+        self.where = where
+        self.how = how
+        self.at("construction")
+
+    def at(self, where: str) -> None:
+        if where == self.where:
+            fail(self.how)
+
+    @enter()
+    def up(self) -> None:
+        self.at("enter")
+
+    @exit()
+    def down(self) -> None:
+        self.at("exit")
+
+    @method()
+    def plain(self, how: str) -> None:
         fail(how)
 
     @method()
-    def m(self) -> None: ...
+    def generator(self, how: str, after: int) -> Iterator[int]:
+        yield from range(after)
+        fail(how)
 
     @method()
-    async def n(self) -> None: ...
+    def fine(self) -> str:
+        return "fine"
+
+
+@app.cls(**SMALL)
+class RaisesAsync:
+    """Does so in coroutines; construction is never one."""
+
+    def __init__(self, where: str = "", how: str = "") -> None:
+        self.where = where
+        self.how = how
+        self.at("construction")
+
+    def at(self, where: str) -> None:
+        if where == self.where:
+            fail(self.how)
+
+    @enter()
+    async def up(self) -> None:
+        self.at("enter")
+
+    @exit()
+    async def down(self) -> None:
+        self.at("exit")
+
+    @method()
+    async def plain(self, how: str) -> None:
+        fail(how)
+
+    @method()
+    def sync_plain(self, how: str) -> None:
+        fail(how)
+
+    @method()
+    async def generator(self, how: str, after: int) -> AsyncIterator[int]:
+        for number in range(after):
+            yield number
+        fail(how)
+
+    @method()
+    def sync_generator(self, how: str, after: int) -> Iterator[int]:
+        yield from range(after)
+        fail(how)
+
+    @method()
+    async def fine(self) -> str:
+        return "fine"
 
 
 class ReadsEnvironment:
