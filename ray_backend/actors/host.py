@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -285,31 +285,7 @@ class InstanceHost:
         """Run a generator method; the time that its consumer takes is not counted."""
         if self._state != "ready":
             self.start()
-        gate = self._gate(kwargs)
-        call = self._begin(name, kwargs, gate=gate)
-        try:
-            try:
-                items = self._bound[name](*args, **kwargs)
-                try:
-                    while True:
-                        try:
-                            item = next(items)
-                        except StopIteration:
-                            return
-                        self._book.pause(call)
-                        if not gate.admit():
-                            return
-                        yield item
-                        if not self._book.resume(call):
-                            return
-                finally:
-                    items.close()
-            finally:
-                self._book.end(call)
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            raise self._failed(call, error) from None
+        yield from self._stream_steps(name, args, kwargs)
 
     async def stream_async(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -337,7 +313,11 @@ class InstanceHost:
             try:
                 source = self._bound[name](*args, **kwargs)
                 try:
-                    async for item in source:
+                    while True:
+                        try:
+                            item = await _anext(source)
+                        except StopAsyncIteration:
+                            return
                         self._book.pause(call)
                         if gate.full:
                             await loop.run_in_executor(None, gate.admit)
@@ -357,15 +337,19 @@ class InstanceHost:
             raise self._failed(call, error) from None
 
     def _stream_steps(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], task_id: Any
-    ) -> Any:
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], task_id: Any = None
+    ) -> Generator[Any, None, None]:
         gate = self._gate(kwargs)
         call = self._begin(name, kwargs, task_id=task_id, gate=gate)
         try:
             try:
                 items = self._bound[name](*args, **kwargs)
                 try:
-                    for item in items:
+                    while True:
+                        try:
+                            item = _next(items)
+                        except StopIteration:
+                            return
                         self._book.pause(call)
                         if not gate.admit():
                             return
@@ -583,7 +567,7 @@ class InstanceHost:
 
     async def _on_thread(self, function: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(
-            self._threads, partial(_without_stop_iteration, function)
+            self._threads, partial(_carried, function)
         )
 
 
@@ -618,11 +602,29 @@ class _Record:
         return True
 
 
-def _without_stop_iteration(function: Callable[[], Any]) -> Any:
-    """Call; a future cannot hold StopIteration: who awaits it would wait for ever."""
+def _carried(function: Callable[[], Any]) -> Any:
+    """Call; what has a meaning of its own to coroutines does not pass through a future as it is.
+
+    Who awaits one that holds StopIteration waits for ever; GeneratorExit loses its text.
+    """
     try:
         return function()
-    except StopIteration as error:
+    except (StopIteration, GeneratorExit) as error:
+        raise capture(error) from None
+
+
+def _next(items: Any) -> Any:
+    """Take an item; a GeneratorExit of user code's own is an error, where ours is an end."""
+    try:
+        return next(items)
+    except GeneratorExit as error:
+        raise capture(error) from None
+
+
+async def _anext(items: Any) -> Any:
+    try:
+        return await items.__anext__()
+    except GeneratorExit as error:
         raise capture(error) from None
 
 

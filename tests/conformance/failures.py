@@ -137,7 +137,7 @@ class Failures(Conformance):
         with ThreadPoolExecutor(4) as threads:
             for how, error in zip(HOWS, threads.map(start, HOWS), strict=True):
                 assert error.__cause__ is not None
-                assert arrival(how, in_coroutine)[1] in str(error)
+                assert arrival(how, in_coroutine)[1] in str(error), (how, str(error))
                 check_arrival(error.__cause__, how, in_coroutine)
 
     @pytest.mark.parametrize("cls", [Raises, RaisesAsync])
