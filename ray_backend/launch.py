@@ -12,7 +12,7 @@ from apothic.values import ClassSpec
 from apothic.volume import StorageMount
 from ray_backend import volumes
 from ray_backend.actors.compile import CONTROL_GROUP, CONTROL_THREADS, compile_actor
-from ray_backend.actors.host import InstancePlan
+from ray_backend.actors.plan import InstancePlan
 from ray_backend.environments import Environment, compile_image
 from ray_backend.names import NAMESPACE
 from ray_backend.placement.live import place_on_cluster
