@@ -23,6 +23,7 @@ from ray_backend.translate import translate, was_never_sent
 
 if TYPE_CHECKING:
     from ray_backend.client import RayClient
+    from ray_backend.placement.live import Placement
 
 __all__ = ["RayCall", "RayInstance", "RayStream"]
 
@@ -44,6 +45,7 @@ class RayInstance(InstanceRef):
         self._actor = actor
         self._ready = ready
         self.request: StartRequest | None = None
+        self.placement: Placement | None = None  # of an actor that this process made
         self.label = f"{handle.app}.{handle.cls} {handle.instance_id!r}"
         self._submitters: dict[str, Callable[..., Any]] = {}
 
@@ -120,7 +122,12 @@ class RayInstance(InstanceRef):
 
     def take_over(self, other: RayInstance) -> None:
         """Go on with another actor of the same name."""
-        self._actor = other.native
+        self.follow(other.native, other.placement)
+
+    def follow(self, actor: Any, placement: Placement | None) -> None:
+        """Go on with another actor; ``placement`` says where it was asked for, if we made it."""
+        self._actor = actor
+        self.placement = placement
         self._submitters.clear()
 
     def wait_ready(self) -> None:

@@ -171,6 +171,35 @@ class Registry:
         found = self._get(f"volume-node/{name}")
         return None if found is None else found.decode()
 
+    # -- node types that the autoscaler could start -----------------------------------------------
+
+    def put_node_type(self, name: str, record: str) -> None:
+        """Store a node type, as JSON."""
+        self._put(f"node-type/{name}", record.encode(), overwrite=True)
+        self._node_types_changed()
+
+    def get_node_type(self, name: str) -> str | None:
+        """Give a node type as JSON."""
+        found = self._get(f"node-type/{name}")
+        return None if found is None else found.decode()
+
+    def list_node_types(self) -> list[str]:
+        """Name the stored node types."""
+        return sorted(self._list("node-type/"))
+
+    def delete_node_type(self, name: str) -> bool:
+        """Remove a node type; False when there is none."""
+        found = self._delete(f"node-type/{name}")
+        self._node_types_changed()
+        return found
+
+    def node_types_version(self) -> str:
+        """Give a word that is another one after each change; empty before the first."""
+        return (self._get("node-types-version") or b"").decode()
+
+    def _node_types_changed(self) -> None:
+        self._put("node-types-version", uuid.uuid4().hex.encode(), overwrite=True)
+
     # -- leases ----------------------------------------------------------------------------------
 
     def put_lease(self, actor_name: str, record: Mapping[str, Any]) -> None:
