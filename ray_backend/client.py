@@ -56,6 +56,9 @@ EXIT_WAIT_S = 60.0
 SUCCESSOR_WAIT_S = 15.0
 """Seconds to wait for the process after one that hung, which says what became of its calls."""
 
+REVIVAL_WAIT_S = 5.0
+"""Seconds to wait for an instance that is made again because its nodes are gone."""
+
 _lock = threading.Lock()
 _client: RayClient | None = None
 
@@ -273,6 +276,22 @@ class RayClient(ControlPlaneClient):
             update={"spec_digest": lease["spec_digest"], "named": lease["named"]}
         )
         return RayInstance(self, handle, actor, ready=False)
+
+    def find_successor(self, handle: ClassInstanceHandle, actor_id: str) -> Any:
+        """Find the actor that took the place of a dead one of this name; None if none does.
+
+        One that the manager can make again on another node is waited for, for a few seconds.
+        """
+        name = self._name(handle)
+        deadline = time.monotonic() + REVIVAL_WAIT_S
+        while True:
+            with contextlib.suppress(ValueError):
+                actor = ray.get_actor(name, namespace=NAMESPACE)
+                if actor._actor_id.hex() != actor_id:
+                    return actor
+            if time.monotonic() > deadline or not self.registry.has_revival(name):
+                return None
+            time.sleep(0.02)
 
     def wait_ready(self, instance: RayInstance) -> None:
         """Wait for ``enter``; what cannot become ready is removed before the error is raised."""

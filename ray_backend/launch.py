@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import pickle
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ray
+from ray.runtime_env import RuntimeEnv
 
 from apothic.backend import StartRequest
 from apothic.options import ClassOptions
@@ -20,7 +23,7 @@ from ray_backend.placement.live import ClusterView, Placement, place
 from ray_backend.ray_api import is_client_mode
 from ray_backend.registry import Registry
 
-__all__ = ["Launched", "launch", "tied_nodes"]
+__all__ = ["Launched", "launch", "relaunch", "tied_nodes"]
 
 INLINE_BYTES = 64 * 1024
 """Constructor arguments up to this size go with the actor; Ray keeps larger ones in the creator's
@@ -74,15 +77,11 @@ def launch(
     plan = make_plan(request, name, spec_digest, options, environment)
     if plan.arguments is None:
         registry.put_blob(registry.arguments_key(name), request.arguments)
-    ray_options: dict[str, Any] = {
-        **placement.ray_options(),
-        "name": name,
-        "namespace": NAMESPACE,
-        "lifetime": "detached",
-        "max_restarts": -1,
-        "max_task_retries": 0,
-        "max_concurrency": options.concurrent_requests,
-    }
+    if request.named and not placement.is_free and placement.tied_to is None:
+        # Its restarts keep to what is asked for now; the manager asks anew when that is gone.
+        record = pickle.dumps((plan, spec.model_dump_json()))
+        registry.put_revival(name, record)
+    ray_options = _ray_options(name, options, placement)
     if environment.runtime_env is not None:
         ray_options["runtime_env"] = environment.runtime_env
     make = _actor_class(spec, spec_digest, plan)
@@ -101,6 +100,48 @@ def launch(
             if not request.reuse or attempt == CREATION_ATTEMPTS - 1:
                 raise
     raise AssertionError("unreachable")
+
+
+def relaunch(
+    record: bytes, view: ClusterView, runtime_env: Mapping[str, Any] | None
+) -> tuple[Placement, Callable[[], None]]:
+    """Prepare to make a named actor again from what `launch` stored, where there is room now.
+
+    Args:
+        record: the stored one.
+        view: the cluster.
+        runtime_env: of the actor that it replaces; None takes that of the calling process.
+
+    Returns:
+        Where it would go, and what makes it.
+
+    Raises:
+        NoMatchingOfferError: when nothing can run it.
+    """
+    plan, text = pickle.loads(record)
+    spec = ClassSpec.model_validate_json(text)
+    options = ClassOptions.model_validate(spec.options)
+    placement = place(view, options)
+    ray_options = _ray_options(plan.actor_name, options, placement)
+    if runtime_env:
+        ray_options["runtime_env"] = RuntimeEnv.deserialize(json.dumps(dict(runtime_env)))
+
+    def make() -> None:
+        _actor_class(spec, plan.spec_digest, plan).options(**ray_options).remote(plan)
+
+    return placement, make
+
+
+def _ray_options(name: str, options: ClassOptions, placement: Placement) -> dict[str, Any]:
+    return {
+        **placement.ray_options(),
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "max_concurrency": options.concurrent_requests,
+    }
 
 
 def tied_nodes(registry: Registry, options: ClassOptions) -> list[str]:

@@ -132,6 +132,14 @@ class LeaseBook:
             self._seen[name] = self._clock()
             return bool(self._leases[name]["holders"])
 
+    def keep(self, name: str) -> bool:
+        """Keep a lease whose actor is gone for now and will be made again; False if there is none."""
+        with self._lock:
+            if name in self._stopping or name not in self._leases:
+                return False
+            self._seen[name] = self._clock()
+            return True
+
     def forget(self, name: str) -> None:
         """Drop the lease of an instance that is gone."""
         with self._lock:

@@ -20,10 +20,12 @@ from ray_backend import ray_api
 from ray_backend.leases import LeaseBook
 from ray_backend.names import NAMESPACE, PROTOCOL_VERSION
 from ray_backend.registry import Registry
+from ray_backend.revival import Reviver
 
 __all__ = ["Manager", "instance_names", "remove_actor", "stop_actor"]
 
 SWEEP_S = 0.5
+REVIVE_EVERY = 2
 SLOW_SWEEP_EVERY = 120
 STOP_THREADS = 16
 
@@ -46,6 +48,9 @@ class Manager:
         """Read the leases back and start to sweep."""
         self._registry = Registry()
         self._book = LeaseBook(self._registry, self)
+        self._reviver = Reviver(
+            self._registry, self._book, self.begin_move, self.end_move, remove_actor
+        )
         self._unused_specs: set[str] = set()
         self._unused_blobs: set[str] = set()
         self._stops = ThreadPoolExecutor(STOP_THREADS, thread_name_prefix="apothic-stop")
@@ -157,6 +162,8 @@ class Manager:
             try:
                 for name in self._book.sweep():
                     self.stop(name)
+                if rounds % REVIVE_EVERY == 0:
+                    self._reviver.sweep(instance_names())
                 if rounds % SLOW_SWEEP_EVERY == 0:
                     self._sweep_store()
             except Exception:

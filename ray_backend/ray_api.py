@@ -84,6 +84,7 @@ class ActorSeat(NamedTuple):
         label_selector: the labels that its node must have.
         runtime_env: the runtime environment as Ray keeps it, all its parents' merged in.
         unschedulable: it died because the node that it asked for is gone.
+        end_unix_ms: when it died; 0 while it has not.
     """
 
     actor_id: str
@@ -97,6 +98,7 @@ class ActorSeat(NamedTuple):
     label_selector: Mapping[str, str]
     runtime_env: Mapping[str, Any]
     unschedulable: bool
+    end_unix_ms: int
 
     @property
     def waits(self) -> bool:
@@ -138,6 +140,7 @@ def _seat(raw: bytes) -> ActorSeat:
         dict(record.label_selector),
         environment,
         record.death_cause.HasField("actor_unschedulable_context"),
+        record.end_time,
     )
 
 

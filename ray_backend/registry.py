@@ -218,7 +218,24 @@ class Registry:
         """Remove an instance's lease and what was stored for it alone."""
         self._delete(f"lease/{actor_name}")
         self.delete_blob(self.arguments_key(actor_name))
+        self._delete(f"revival/{actor_name}")
         self._delete(f"replaced/{actor_name}")
+
+    def put_revival(self, actor_name: str, record: bytes) -> None:
+        """Store what it takes to make a named instance again on another node."""
+        self._put(f"revival/{actor_name}", record, overwrite=True)
+
+    def get_revival(self, actor_name: str) -> bytes | None:
+        """Give what it takes to make a named instance again."""
+        return self._get(f"revival/{actor_name}")
+
+    def has_revival(self, actor_name: str) -> bool:
+        """Tell whether a named instance can be made again."""
+        return bool(kv._internal_kv_exists(f"revival/{actor_name}".encode(), namespace=_NAMESPACE))
+
+    def list_revivals(self) -> list[str]:
+        """Name the instances that can be made again."""
+        return self._list("revival/")
 
     # -- words left by a process for its callers and its successor ---------------------------------
 
