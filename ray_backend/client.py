@@ -8,7 +8,7 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from apothic.errors import (
     InstanceNotFoundError,
 )
 from apothic.names import actor_name
+from apothic.node_types import NodeType
 from apothic.options import ClassOptions
 from apothic.values import (
     AppManifest,
@@ -41,7 +42,7 @@ from ray_backend.manager import instance_names, remove_actor
 from ray_backend.manager_link import ManagerLink
 from ray_backend.names import NAMESPACE
 from ray_backend.placement.catalogue import Catalogue
-from ray_backend.placement.live import ClusterView, Placeable, explain
+from ray_backend.placement.live import ClusterView, Placeable, explain, offers_table
 from ray_backend.readiness import STOPPING_WAIT_S, wait_ready
 from ray_backend.registry import Registry
 from ray_backend.translate import translate
@@ -182,6 +183,22 @@ class RayClient(ControlPlaneClient):
         else:
             available = ray_api.free_resources()
         return ClusterView(ray_api.live_nodes(), available, self._catalogue.offers())
+
+    def offers_table(self) -> str:
+        """List the kinds of nodes that there are or could be started."""
+        return offers_table(self.view())
+
+    def register_node_types(self, node_types: Sequence[NodeType]) -> None:
+        """Make node types known that the autoscaler could start."""
+        self._catalogue.register(node_types)
+
+    def list_node_types(self) -> list[NodeType]:
+        """List the registered node types."""
+        return self._catalogue.node_types()
+
+    def unregister_node_type(self, name: str) -> bool:
+        """Forget a registered node type."""
+        return self._catalogue.unregister(name)
 
     # -- instances -------------------------------------------------------------------------------
 

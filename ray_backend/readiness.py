@@ -89,9 +89,11 @@ def wait_ready(client: RayClient, instance: RayInstance) -> None:
             if request is None or time.monotonic() > deadline:
                 raise translate(error, instance.label) from None
             instance.take_over(client.start(request))
-        except (InstanceClosedError, InstanceLostError):
+        except (InstanceClosedError, InstanceLostError) as error:
             if request is None or not request.reuse or time.monotonic() > deadline:
                 raise
+            if isinstance(error, InstanceClosedError) and instance.placement is not None:
+                raise  # what this process made was closed before it was ready, by somebody's wish
             time.sleep(0.01)
             instance.take_over(client.start(request))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 from apothic.node_types import NodeType
 from ray_backend.placement.offers import Offer
@@ -44,7 +45,7 @@ class Catalogue:
         found = [self._registry.get_node_type(name) for name in self._registry.list_node_types()]
         return [NodeType.model_validate_json(each) for each in found if each is not None]
 
-    def register(self, node_types: list[NodeType]) -> None:
+    def register(self, node_types: Sequence[NodeType]) -> None:
         """Add node types; one of the same name is replaced.
 
         Raises:

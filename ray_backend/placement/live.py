@@ -10,10 +10,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from apothic.constraints import PlacementConstraints
 from apothic.errors import NoMatchingOfferError
+from ray_backend.placement.criterion import figure
 from ray_backend.placement.demand import Choice, Plan, plan
-from ray_backend.placement.offers import Offer
+from ray_backend.placement.offers import Offer, group_nodes
+from ray_backend.placement.table import table
 
-__all__ = ["ClusterView", "Placeable", "Placement", "explain", "place"]
+__all__ = ["ClusterView", "Placeable", "Placement", "explain", "offers_table", "place"]
 
 
 class Placeable(Protocol):
@@ -118,6 +120,46 @@ def explain(view: ClusterView, wanted: Placeable) -> str:
         return _plan(view, wanted).explain()
     except NoMatchingOfferError as error:
         return str(error)
+
+
+def offers_table(view: ClusterView) -> str:
+    """List every kind of node, live or registered, with what it states and what is free of it."""
+    rows = []
+    live = set()
+    for offer, nodes in group_nodes(view.nodes):
+        live.add(offer.offer_id)
+        free = [(view.available or {}).get(node.node_id, node.resources) for node in nodes]
+        memory = [node.resources.get("memory", 0.0) for node in nodes]
+        rows.append(_offer_row(offer, str(len(nodes)), min(memory), free))
+    for offer in view.registered:
+        if offer.offer_id not in live:
+            rows.append(_offer_row(offer, "not started", offer.resources.get("memory", 0.0), ()))
+    if not rows:
+        return "No node is known."
+    head = ("offer", "nodes", "GPUs", "GB/GPU", "CPUs", "memory_mb", "USD/h", "place", "free now")
+    return table(head, sorted(rows), (1, 2, 3, 4, 5, 6))
+
+
+def _offer_row(
+    offer: Offer, nodes: str, memory_bytes: float, free: Sequence[Mapping[str, float]]
+) -> tuple[str, ...]:
+    gpus = f"{figure(offer.gpus)}x {offer.gpu_types[0]}" if offer.gpu_types else figure(offer.gpus)
+    unused = [
+        f"{figure(sum(each.get(name, 0.0) for each in free))} {name}"
+        for name in ("GPU", "CPU")
+        if free and (name == "CPU" or offer.gpus)
+    ]
+    return (
+        offer.name,
+        nodes,
+        gpus,
+        "-" if offer.vram_mb is None or not offer.gpus else figure(offer.vram_mb / 1000),
+        figure(offer.cpus),
+        str(int(memory_bytes / 2**20)),
+        "-" if offer.cost_per_hour_usd is None else figure(offer.cost_per_hour_usd),
+        offer.country or offer.region or "-",
+        ", ".join(unused) or "-",
+    )
 
 
 def _plan(view: ClusterView, wanted: Placeable) -> Plan:
