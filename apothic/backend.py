@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from apothic.errors import BackendNotFoundError, InvalidOptionError
+from apothic.errors import BackendNotFoundError, InvalidOptionError, UsageError
 
 if TYPE_CHECKING:
+    from apothic.node_types import NodeType
     from apothic.values import (
         AppManifest,
         ClassInstanceHandle,
@@ -238,6 +239,28 @@ class ControlPlaneClient(ABC):
     @abstractmethod
     def explain(self, spec: ClassSpec) -> str:
         """Tell where an instance could run and why not elsewhere, starting nothing."""
+
+    def offers_table(self) -> str:
+        """List the kinds of nodes that there are or could be started, as a table for people."""
+        return self._no_offers()
+
+    def register_node_types(self, node_types: Sequence[NodeType]) -> None:
+        """Make node types known that could be started; one of the same name is replaced."""
+        self._no_offers()
+
+    def list_node_types(self) -> list[NodeType]:
+        """List the registered node types."""
+        return self._no_offers()
+
+    def unregister_node_type(self, name: str) -> bool:
+        """Forget a registered node type; False when there is none of this name."""
+        return self._no_offers()
+
+    def _no_offers(self) -> NoReturn:
+        raise UsageError(
+            f"{type(self).__name__} has no nodes to choose from, so that it knows no offers. Connect to "
+            f"a Ray cluster with base_url."
+        )
 
     @abstractmethod
     def disconnect(self) -> None:
