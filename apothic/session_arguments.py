@@ -75,7 +75,7 @@ def path_bytes(path: str) -> bytes:
     try:
         given = os.fspath(path)
     except TypeError:
-        given = None  # type: ignore[assignment]
+        given = None
     if not isinstance(given, str) or not given or "\0" in given:
         raise InvalidOptionError(
             f"path {path!r} is not valid: it takes a non-empty string without NUL characters. Use "
