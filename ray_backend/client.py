@@ -30,6 +30,7 @@ from apothic.values import (
     ClassSpec,
     CloseReport,
     InstanceInfo,
+    SandboxSpec,
 )
 from apothic.volume import StorageMount
 from ray_backend import ray_api, volumes
@@ -168,7 +169,7 @@ class RayClient(ControlPlaneClient):
         found = self.registry.get_spec(digest)
         return None if found is None else ClassSpec.model_validate_json(found)
 
-    def explain(self, spec: ClassSpec) -> str:
+    def explain(self, spec: ClassSpec | SandboxSpec) -> str:
         """Tell where an instance could run."""
         return self.explain_options(ClassOptions.model_validate(spec.options))
 
