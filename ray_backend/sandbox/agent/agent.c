@@ -1,0 +1,542 @@
+/* The agent: PID 1 in every sandbox container, and the only thing there that is ours.
+
+   It speaks the protocol of wire.h on its stdin and stdout. One thread, one wait point (poll in
+   `wait_for_work`), no state but tables of a fixed size. Between two waits it does what can be done
+   at once: takes frames, looks after its keepers (keeper.h), and moves bytes between the streams
+   and the output buffer, as far as their credit and its room go. Nothing is read that there is no
+   room to answer, so that neither a client nor a program can make it grow.
+
+   --die-on-eof   the end of stdin ends everything: it is closed when the actor dies.
+   --version      print the protocol's version. */
+#include "agent.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "tree.h"
+
+#define IN_CAPACITY ((size_t)2 * FRAME_MAX)
+#define OUT_CAPACITY ((size_t)BULK_QUEUED_MAX + FRAME_MAX + 8 * CONTROL_ROOM)
+#define EOF_RECHECK_MS 100
+#define OWN_FILES_MAX 8192
+#define CREDIT_MAX ((uint64_t)1 << 62)
+#define OWN_GROUP 0x6170 /* any that no image uses */
+#define POLLED_MAX (3 + KEEPERS_MAX + 3 * STREAMS_MAX)
+
+struct stream streams[STREAMS_MAX];
+size_t streams_used;
+struct buffer out;
+int signals_fd;
+struct agent_origin origin;
+
+static struct buffer in;
+static bool pid_one, die_on_eof;
+static bool synced, fatal_told;
+static bool frames_left;       /* taking frames stopped for lack of room */
+static uint64_t eof_recheck_ns; /* 0: stdin is open */
+static size_t turn;            /* the stream that is served first */
+static uint32_t last_stream;
+
+/* A request that comes in parts. */
+static uint8_t *request;
+static size_t request_length, request_capacity;
+static uint32_t request_stream;
+
+static struct pollfd polled[POLLED_MAX];
+static size_t polled_count;
+static uint64_t wake_ns;
+
+static _Noreturn void die(int status) {
+    if (pid_one)
+        _exit(status); /* the kernel kills all that is left in the container */
+    for (;;) {
+        while (waitpid(-1, NULL, WNOHANG) > 0) {
+        }
+        if (waitpid(-1, NULL, WNOHANG) < 0 && errno == ECHILD)
+            _exit(status);
+        tree_strike(NULL);
+        tree_kill(NULL);
+        poll(NULL, 0, 1);
+    }
+}
+
+/* ---- sending ---- */
+
+bool room_for_control(void) {
+    return buffer_room(&out) >= CONTROL_ROOM;
+}
+
+bool room_for_contents(void) {
+    return buffer_used(&out) <= BULK_QUEUED_MAX;
+}
+
+void send_empty(uint8_t type, uint32_t stream) {
+    frame_open(&out);
+    frame_close(&out, type, stream, 0);
+}
+
+void send_error(uint32_t stream, int error, uint8_t stage) {
+    put_u8(put_u32(frame_open(&out), (uint32_t)error), stage);
+    frame_close(&out, FRAME_ERROR, stream, 5);
+}
+
+void send_stat(uint8_t type, uint32_t stream, const struct stat *st, const char *link,
+               size_t link_length) {
+    put_bytes(put_stat(frame_open(&out), st), link, link_length);
+    frame_close(&out, type, stream, STAT_BYTES + link_length);
+}
+
+void grant_input(struct stream *s) {
+    struct input *input = &s->in;
+    if (input->ungranted < GRANT_STEP || !room_for_control())
+        return;
+    put_u32(frame_open(&out), (uint32_t)input->ungranted);
+    frame_close(&out, FRAME_GRANT, s->id, 4);
+    input->window += input->ungranted;
+    input->ungranted = 0;
+}
+
+/* Write what the other side takes now. */
+static void flush_output(void) {
+    while (buffer_used(&out) > 0) {
+        ssize_t n = write(1, out.data + out.start, buffer_used(&out));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0 && errno == EAGAIN)
+            return;
+        if (n < 0 && die_on_eof)
+            die(0);
+        buffer_consume(&out, n < 0 ? buffer_used(&out) : (size_t)n);
+    }
+}
+
+/* ---- streams ---- */
+
+void close_fd(int *fd) {
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+struct stream *stream_find(uint32_t id) {
+    for (size_t i = 0; i < streams_used; i++)
+        if (streams[i].kind != FREE && streams[i].id == id)
+            return &streams[i];
+    return NULL;
+}
+
+struct stream *stream_new(enum stream_kind kind, uint32_t id) {
+    for (size_t i = 0; i < STREAMS_MAX; i++) {
+        if (streams[i].kind != FREE)
+            continue;
+        streams[i] = (struct stream){.kind = kind,
+                                     .id = id,
+                                     .in = {.fd = -1, .window = INPUT_WINDOW},
+                                     .out = {{.fd = -1}, {.fd = -1}},
+                                     .fd = -1};
+        if (i >= streams_used)
+            streams_used = i + 1;
+        return &streams[i];
+    }
+    return NULL;
+}
+
+void stream_free(struct stream *s) {
+    close_fd(&s->in.fd);
+    if (s->in.ring != NULL)
+        munmap(s->in.ring, INPUT_WINDOW);
+    close_fd(&s->out[0].fd);
+    close_fd(&s->out[1].fd);
+    if (s->dir != NULL)
+        closedir(s->dir);
+    close_fd(&s->fd);
+    s->kind = FREE;
+    while (streams_used > 0 && streams[streams_used - 1].kind == FREE)
+        streams_used--;
+}
+
+/* ---- clients ---- */
+
+static void request_free(void) {
+    free(request);
+    request = NULL;
+    request_length = request_capacity = 0;
+    request_stream = 0;
+}
+
+/* The client is gone, or talks nonsense: nobody waits for what is open. Half-written new files go
+   away, execs are killed, background processes of earlier execs stay. */
+static void drop_client(void) {
+    keepers_forget();
+    for (size_t i = streams_used; i-- > 0;) {
+        if (streams[i].kind == EXEC)
+            exec_drop(&streams[i]);
+        else if (streams[i].kind != FREE)
+            transfer_drop(&streams[i]);
+    }
+    request_free();
+    last_stream = 0;
+}
+
+void protocol_error(const char *why) {
+    synced = false;
+    drop_client();
+    if (fatal_told) /* once is enough for whatever follows until the next hello */
+        return;
+    fatal_told = true;
+    size_t n = strlen(why);
+    put_bytes(frame_open(&out), why, n);
+    frame_close(&out, FRAME_FATAL, 0, n);
+}
+
+/* A client, new or again: it knows by its nonce from where on our output is meant for it. */
+static void on_hello(const struct frame *frame) {
+    struct hello hello;
+    if (!decode_hello(frame, &hello)) {
+        protocol_error("a malformed hello");
+        return;
+    }
+    drop_client();
+    fatal_told = false;
+    synced = hello.version == PROTOCOL_VERSION;
+    magic_append(&out);
+    uint8_t *body = frame_open(&out), *at = put_u16(body, PROTOCOL_VERSION);
+    at = put_bytes(at, hello.nonce, NONCE_BYTES);
+    at = put_u32(at, (uint32_t)((pid_one ? CAPABILITY_INIT : 0) |
+                                (geteuid() == 0 ? CAPABILITY_SWITCH_USER : 0)));
+    at = put_u32(at, INPUT_WINDOW);
+    frame_close(&out, FRAME_WELCOME, 0, (size_t)(at - body));
+}
+
+/* ---- frames on open streams; those for a stream that has just ended are late, not wrong ---- */
+
+static void on_data(const struct frame *frame) {
+    struct stream *s = stream_find(frame->stream);
+    if (s == NULL)
+        return;
+    if ((s->kind != WRITE && (s->kind != EXEC || s->in.ring == NULL)) || s->in.end_seen) {
+        protocol_error("data for a stream that takes none");
+        return;
+    }
+    if (frame->length > s->in.window) {
+        protocol_error("more data than was granted");
+        return;
+    }
+    s->in.window -= frame->length;
+    if (s->kind == EXEC)
+        exec_input(s, frame->body, frame->length);
+    else
+        transfer_input(s, frame->body, frame->length);
+}
+
+static void on_end(const struct frame *frame) {
+    struct stream *s = stream_find(frame->stream);
+    if (frame->length != 0 || (s != NULL && s->kind != EXEC && s->kind != WRITE))
+        protocol_error("a malformed end");
+    else if (s != NULL && s->kind == EXEC)
+        s->in.end_seen = true;
+    else if (s != NULL)
+        transfer_end(s);
+}
+
+static void on_credit(const struct frame *frame) {
+    struct cursor c = {frame->body, frame->length, false};
+    struct stream *s = stream_find(frame->stream);
+    uint8_t channel = take_u8(&c);
+    uint32_t amount = take_u32(&c);
+    if (c.bad || c.left != 0 || (channel != CHANNEL_STDOUT && channel != CHANNEL_STDERR)) {
+        protocol_error("a malformed credit");
+        return;
+    }
+    if (s == NULL)
+        return;
+    uint64_t *credit = s->kind == EXEC ? &s->out[channel - CHANNEL_STDOUT].credit : &s->credit;
+    if (*credit < CREDIT_MAX)
+        *credit += amount;
+}
+
+static void on_cancel(const struct frame *frame) {
+    struct stream *s = stream_find(frame->stream);
+    if (frame->length != 0 || (s != NULL && s->kind == EXEC)) {
+        protocol_error("a malformed cancel");
+    } else if (s != NULL) {
+        send_error(s->id, ECANCELED, STAGE_REQUEST);
+        transfer_drop(s);
+    }
+}
+
+/* ---- the gate ---- */
+
+/* Keep a part of a request until the rest is there; gives false when that cannot be. */
+static bool collect(const struct frame *frame) {
+    size_t wanted = request_length + frame->length;
+    if (wanted > REQUEST_MAX)
+        return false;
+    if (request == NULL || wanted > request_capacity) {
+        size_t capacity = request_stream == 0 ? wanted : wanted + wanted / 2 + FRAME_BODY_MAX;
+        uint8_t *larger = realloc(request, capacity > 0 ? capacity : 1);
+        if (larger == NULL)
+            return false;
+        request = larger;
+        request_capacity = capacity;
+    }
+    put_bytes(request + request_length, frame->body, frame->length);
+    request_length = wanted;
+    request_stream = frame->stream;
+    return true;
+}
+
+/* The strings of an exec go to its keeper, which has no copy of the input buffer. */
+static void on_exec(const struct frame *frame) {
+    if (frame->body == request || collect(frame))
+        exec_start(frame, request);
+    else
+        send_error(frame->stream, ENOMEM, STAGE_START);
+}
+
+struct verb {
+    void (*handle)(const struct frame *);
+    bool opens; /* the stream must be new, else known */
+    bool parts; /* may be longer than a frame */
+};
+
+static const struct verb verbs[] = {
+    [FRAME_EXEC] = {on_exec, true, true},
+    [FRAME_KILL] = {exec_kill, false, false},
+    [FRAME_SIGNAL] = {exec_signal, false, false},
+    [FRAME_DATA] = {on_data, false, false},
+    [FRAME_END] = {on_end, false, false},
+    [FRAME_CREDIT] = {on_credit, false, false},
+    [FRAME_CANCEL] = {on_cancel, false, false},
+    [FRAME_STAT] = {transfer_request, true, false},
+    [FRAME_LIST] = {transfer_request, true, false},
+    [FRAME_READ] = {transfer_request, true, false},
+    [FRAME_WRITE] = {transfer_request, true, false},
+    [FRAME_MKDIR] = {transfer_request, true, false},
+    [FRAME_REMOVE] = {transfer_request, true, false},
+    [FRAME_RENAME] = {transfer_request, true, false},
+    [FRAME_GET_BLOB] = {transfer_request, true, false},
+    [FRAME_SET_BLOB] = {transfer_set_blob, true, true},
+    [FRAME_ENVIRON] = {transfer_request, true, false},
+};
+
+static void on_frame(const struct frame *frame) {
+    struct frame whole = *frame;
+    const struct verb *verb = NULL;
+    bool part = frame->type == FRAME_PART;
+    if (frame->type == FRAME_HELLO) {
+        on_hello(frame);
+        return;
+    }
+    if (frame->type < sizeof verbs / sizeof verbs[0] && verbs[frame->type].handle != NULL)
+        verb = &verbs[frame->type];
+    bool opens = part || (verb != NULL && verb->opens);
+    if (frame->stream == 0 || (verb == NULL && !part)) {
+        protocol_error("an unknown frame type");
+    } else if (request_stream != 0 &&
+               (frame->stream != request_stream || (verb != NULL && !verb->parts))) {
+        protocol_error("a request broken off in the middle");
+    } else if (opens != (frame->stream > last_stream)) {
+        protocol_error(opens ? "a stream id that was used before"
+                             : "a frame for a stream that was never opened");
+    } else if ((part || request_stream != 0) && !collect(frame)) {
+        protocol_error("a request beyond the limit");
+    } else if (!part) {
+        if (opens)
+            last_stream = frame->stream;
+        if (request_stream != 0) {
+            whole.body = request;
+            whole.length = request_length;
+        }
+        verb->handle(&whole);
+        request_free();
+    }
+}
+
+/* Take the frames that have come, as far as there is room to answer. */
+static void take_frames(void) {
+    struct frame frame;
+    const char *why = "";
+    for (;;) {
+        frames_left = !room_for_control();
+        if (frames_left)
+            return;
+        switch (frame_scan(&in, &synced, &frame, &why)) {
+        case SCAN_FRAME:
+            on_frame(&frame);
+            break;
+        case SCAN_BAD:
+            protocol_error(why);
+            break;
+        case SCAN_MORE:
+            return;
+        }
+    }
+}
+
+static void fill_input(void) {
+    buffer_compact(&in);
+    ssize_t n = read(0, in.data + in.end, in.capacity - in.end);
+    if (n > 0) {
+        in.end += (size_t)n;
+        eof_recheck_ns = 0;
+    } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
+        if (die_on_eof)
+            die(0);
+        eof_recheck_ns = now_ns() + EOF_RECHECK_MS * 1000000u; /* somebody may attach again */
+    }
+}
+
+/* ---- the loop ---- */
+
+size_t poll_add(int fd, short events) {
+    polled[polled_count] = (struct pollfd){fd, events, 0};
+    return polled_count++;
+}
+
+bool poll_ready(size_t slot) {
+    return slot != NO_SLOT && polled[slot].revents != 0;
+}
+
+void wake_at(uint64_t at_ns) {
+    if (at_ns < wake_ns)
+        wake_ns = at_ns;
+}
+
+enum { SLOT_SIGNALS, SLOT_STDIN, SLOT_STDOUT };
+
+/* Wait until something can be done. */
+static void wait_for_work(void) {
+    bool answerable = room_for_control();
+    int timeout = -1;
+    wake_ns = UINT64_MAX;
+    polled_count = 0;
+    poll_add(signals_fd, POLLIN);
+    poll_add(answerable && !frames_left && eof_recheck_ns == 0 ? 0 : -1, POLLIN);
+    poll_add(buffer_used(&out) > 0 ? 1 : -1, POLLOUT);
+    keepers_poll();
+    for (size_t i = 0; i < streams_used; i++) {
+        if (streams[i].kind == EXEC)
+            exec_poll(&streams[i]);
+        else if (streams[i].kind != FREE)
+            transfer_poll(&streams[i]);
+    }
+    if (frames_left && answerable)
+        wake_at(0);
+    if (eof_recheck_ns != 0 && answerable)
+        wake_at(eof_recheck_ns);
+    if (wake_ns != UINT64_MAX) {
+        uint64_t now = now_ns();
+        timeout = wake_ns <= now ? 0 : (int)((wake_ns - now) / 1000000u) + 1;
+    }
+    if (poll(polled, polled_count, timeout) < 0 && errno != EINTR)
+        die(1);
+}
+
+/* PID 1 ends by a SIGTERM from outside only: whoever is in the container has an id here. */
+static void take_signals(void) {
+    struct signalfd_siginfo info;
+    while (read(signals_fd, &info, sizeof info) == sizeof info)
+        if (info.ssi_signo == SIGTERM &&
+            (!pid_one || (info.ssi_code == SI_USER && info.ssi_pid == 0)))
+            die(0);
+    keepers_reap();
+}
+
+/* Serve every stream once, each time another one first. */
+static void pump_all(void) {
+    turn++;
+    for (size_t i = 0, count = streams_used; i < count; i++) {
+        struct stream *s = &streams[(turn + i) % count];
+        if (s->kind == EXEC)
+            exec_pump(s);
+        else if (s->kind != FREE)
+            transfer_pump(s);
+    }
+}
+
+static struct buffer io_buffer(size_t capacity) {
+    void *data = mmap(NULL, capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED)
+        _exit(1);
+    madvise(data, capacity, MADV_DONTFORK); /* a keeper lives long and has no use for it */
+    return (struct buffer){.data = data, .capacity = capacity};
+}
+
+/* Make this process one that code of the same user, root without CAP_SYS_PTRACE and
+   CAP_SYS_RESOURCE included, can neither trace, nor open the pipes of, nor change the limits of:
+   a CPU limit kills even PID 1. Against the last, one of its ids has to be nobody else's. */
+static void fence(void) {
+    origin.gid = getgid();
+    if (setresgid((gid_t)-1, (gid_t)-1, OWN_GROUP) != 0) {
+        /* not root: its limits stay open to code of this user */
+    }
+    prctl(PR_SET_DUMPABLE, 0);
+}
+
+static void set_up(void) {
+    sigset_t handled;
+    pid_one = getpid() == 1;
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd)
+            _exit(1);
+    prctl(PR_SET_CHILD_SUBREAPER, 1);
+    prctl(PR_SET_NAME, "agent");
+    umask(022);
+    fence();
+    getrlimit(RLIMIT_NOFILE, &origin.files);
+    struct rlimit files = origin.files;
+    files.rlim_cur = files.rlim_max < OWN_FILES_MAX ? files.rlim_max : OWN_FILES_MAX;
+    setrlimit(RLIMIT_NOFILE, &files);
+
+    for (int n = 1; n < NSIG; n++)
+        signal(n, SIG_DFL); /* what our parent ignored is not for programs to inherit */
+    sigemptyset(&handled);
+    sigaddset(&handled, SIGCHLD);
+    sigaddset(&handled, SIGTERM);
+    signals_fd = signalfd(-1, &handled, SFD_CLOEXEC | SFD_NONBLOCK);
+    sigaddset(&handled, SIGPIPE);
+    if (signals_fd < 0 || sigprocmask(SIG_BLOCK, &handled, NULL) != 0)
+        _exit(1);
+    fcntl(0, F_SETFL, fcntl(0, F_GETFL) | O_NONBLOCK);
+    fcntl(1, F_SETFL, fcntl(1, F_GETFL) | O_NONBLOCK);
+    in = io_buffer(IN_CAPACITY);
+    out = io_buffer(OUT_CAPACITY);
+}
+
+int main(int argc, char *argv[]) {
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--die-on-eof") == 0) {
+            die_on_eof = true;
+        } else if (strcmp(argv[i], "--version") == 0) {
+            printf("%d\n", PROTOCOL_VERSION);
+            return 0;
+        } else {
+            fprintf(stderr, "agent: unknown argument %s\n", argv[i]);
+            return 2;
+        }
+    }
+    set_up();
+    for (;;) {
+        wait_for_work();
+        if (poll_ready(SLOT_SIGNALS))
+            take_signals();
+        if (poll_ready(SLOT_STDIN) || (eof_recheck_ns != 0 && now_ns() >= eof_recheck_ns))
+            fill_input();
+        take_frames();
+        keepers_tend();
+        pump_all();
+        keepers_settle();
+        flush_output();
+    }
+}

@@ -1,0 +1,109 @@
+/* What the parts of the agent share: the tables, the output buffer, and who serves what.
+   agent.c has the loop, the gate and the clients, exec.c the execs and their keepers, transfer.c
+   the files. */
+#ifndef APOTHIC_AGENT_H
+#define APOTHIC_AGENT_H
+
+#include <dirent.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "files.h"
+#include "keeper.h"
+#include "wire.h"
+
+#define CONTROL_ROOM 8192 /* more than one request or one ended exec ever adds to the output */
+#define BULK_QUEUED_MAX (FRAME_BODY_MAX / 2) /* contents wait while more than this is unsent */
+#define GRANT_STEP (INPUT_WINDOW / 4)
+#define NO_SLOT SIZE_MAX
+
+struct output {
+    int fd;
+    size_t slot;          /* where it was polled */
+    uint64_t credit, due; /* due: what was in the pipe when the leader ended */
+};
+
+struct input {
+    int fd;
+    uint8_t *ring; /* INPUT_WINDOW bytes */
+    size_t head, used, window, ungranted;
+    bool end_seen;
+};
+
+enum stream_kind { FREE, EXEC, READ, LIST, WRITE };
+
+struct keeper;
+
+struct stream {
+    enum stream_kind kind;
+    uint32_t id;
+    struct input in; /* of an EXEC; of a WRITE window and ungranted only */
+    /* EXEC */
+    struct keeper *keeper;
+    struct output out[2];
+    int32_t pid;
+    bool started, start_told, ended;
+    struct keeper_message end;
+    uint8_t end_flags;
+    /* READ, LIST */
+    int fd;
+    DIR *dir;
+    bool begun, seekable;
+    uint64_t credit, offset, left;
+    /* WRITE */
+    struct written_file file;
+};
+
+extern struct stream streams[STREAMS_MAX];
+extern size_t streams_used; /* slots beyond are free */
+extern struct buffer out;
+extern int signals_fd;
+extern struct agent_origin origin;
+
+/* agent.c */
+void protocol_error(const char *why);
+bool room_for_control(void);
+bool room_for_contents(void);
+void send_empty(uint8_t type, uint32_t stream);
+void send_error(uint32_t stream, int error, uint8_t stage);
+void send_stat(uint8_t type, uint32_t stream, const struct stat *st, const char *link,
+               size_t link_length);
+/* Let the client send as much more as has been used up, once that is worth a frame. */
+void grant_input(struct stream *s);
+void close_fd(int *fd);
+struct stream *stream_find(uint32_t id);
+struct stream *stream_new(enum stream_kind kind, uint32_t id);
+/* Release everything that a stream holds, whatever state it is in. */
+void stream_free(struct stream *s);
+size_t poll_add(int fd, short events); /* gives the slot */
+bool poll_ready(size_t slot);
+void wake_at(uint64_t at_ns);
+
+/* exec.c */
+void exec_start(const struct frame *frame, uint8_t *request);
+void exec_input(struct stream *s, const uint8_t *bytes, size_t n);
+void exec_kill(const struct frame *frame);
+void exec_signal(const struct frame *frame);
+/* Nobody waits for this exec any more: kill it in its own time. */
+void exec_drop(struct stream *s);
+void exec_pump(struct stream *s);
+void exec_poll(struct stream *s);
+/* All execs that have ended stay as they are, but cannot be asked for by id any more. */
+void keepers_forget(void);
+void keepers_poll(void);
+/* Hear what keepers say, bury the dead, kill whom they left. */
+void keepers_tend(void);
+/* Answer those who wait for keepers that have died. */
+void keepers_settle(void);
+void keepers_reap(void);
+
+/* transfer.c */
+void transfer_request(const struct frame *frame);
+void transfer_set_blob(const struct frame *frame);
+void transfer_input(struct stream *s, const uint8_t *bytes, size_t n);
+void transfer_end(struct stream *s);
+void transfer_drop(struct stream *s);
+void transfer_pump(struct stream *s);
+void transfer_poll(const struct stream *s);
+
+#endif

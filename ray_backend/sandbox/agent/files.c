@@ -1,0 +1,205 @@
+#include "files.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define OPEN_FLAGS (O_CLOEXEC | O_NOCTTY | O_NONBLOCK)
+#define CREATE_TRIES 8
+#define NO_REPLACE 1 /* RENAME_NOREPLACE, which not every libc names */
+
+static int result(int returned) {
+    return returned == 0 ? 0 : errno;
+}
+
+int files_stat(const struct file_request *r, struct stat *st, char link[PATH_MAX_BYTES],
+               size_t *link_length) {
+    *link_length = 0;
+    if (!(r->flags & STAT_NO_FOLLOW))
+        return result(stat(r->path, st));
+    if (lstat(r->path, st) != 0)
+        return errno;
+    if (S_ISLNK(st->st_mode)) {
+        ssize_t n = readlink(r->path, link, PATH_MAX_BYTES);
+        if (n < 0)
+            return errno;
+        *link_length = (size_t)n;
+    }
+    return 0;
+}
+
+/* Make what is missing of a path's directories, the last one left out unless `whole`. */
+static int make_directories(const char *path, mode_t mode, bool whole) {
+    char prefix[PATH_MAX_BYTES + 1];
+    size_t length = strlen(path);
+    while (length > 1 && path[length - 1] == '/')
+        length--;
+    for (size_t i = 1; i <= length; i++) {
+        bool last = i == length;
+        if ((!last && path[i] != '/') || (last && !whole))
+            continue;
+        memcpy(prefix, path, i);
+        prefix[i] = '\0';
+        if (mkdir(prefix, last ? mode : 0777) != 0 && (last || errno != EEXIST))
+            return errno;
+    }
+    return 0;
+}
+
+int files_mkdir(const struct file_request *r) {
+    struct stat st;
+    mode_t mode = (mode_t)(r->mode & 07777);
+    int error = 0;
+    if (r->flags & MKDIR_PARENTS)
+        error = make_directories(r->path, mode, true);
+    else if (mkdir(r->path, mode) != 0)
+        error = errno;
+    if (error == EEXIST && (r->flags & MKDIR_EXIST_OK) && stat(r->path, &st) == 0 &&
+        S_ISDIR(st.st_mode))
+        error = 0;
+    return error;
+}
+
+int files_remove(const struct file_request *r) {
+    return result(r->flags & REMOVE_DIRECTORY ? rmdir(r->path) : unlink(r->path));
+}
+
+int files_rename(const struct file_request *r) {
+    if (r->flags & RENAME_NO_REPLACE)
+        return result((int)syscall(SYS_renameat2, AT_FDCWD, r->path, AT_FDCWD, r->target,
+                                   NO_REPLACE));
+    return result(rename(r->path, r->target));
+}
+
+/* Close what cannot be read or written without waiting for somebody. */
+static int admit(int fd, struct stat *st) {
+    int error = 0;
+    if (fstat(fd, st) != 0)
+        error = errno;
+    else if (S_ISDIR(st->st_mode))
+        error = EISDIR;
+    else if (!S_ISREG(st->st_mode) && !S_ISCHR(st->st_mode))
+        error = EOPNOTSUPP;
+    if (error != 0)
+        close(fd);
+    return error;
+}
+
+/* Opening a FIFO without a partner or a socket fails with ENXIO, which names a missing device. */
+static int open_error(void) {
+    return errno == ENXIO ? EOPNOTSUPP : errno;
+}
+
+int files_open_read(const struct file_request *r, int *fd, struct stat *st) {
+    *fd = open(r->path, O_RDONLY | OPEN_FLAGS);
+    if (*fd < 0)
+        return open_error();
+    int error = admit(*fd, st);
+    if (error == 0 && r->offset > INT64_MAX) {
+        close(*fd);
+        error = EINVAL;
+    }
+    return error;
+}
+
+/* O_CREAT only where nothing is: the kernel refuses it on others' files in sticky directories,
+   and to know that the file is new is to know that it may be removed. */
+static int open_or_create(const char *path, const struct file_request *r, bool *created) {
+    int flags = O_WRONLY | OPEN_FLAGS | (r->flags & WRITE_APPEND ? O_APPEND : 0);
+    mode_t mode = (mode_t)(r->mode & 07777);
+    for (int tries = 0; tries < CREATE_TRIES; tries++) {
+        int fd = r->flags & WRITE_EXCLUSIVE ? -1 : open(path, flags);
+        *created = false;
+        if (fd >= 0 || (!(r->flags & WRITE_EXCLUSIVE) && errno != ENOENT))
+            return fd;
+        fd = open(path, flags | O_CREAT | O_EXCL, mode);
+        *created = fd >= 0;
+        if (fd >= 0 || r->flags & WRITE_EXCLUSIVE || errno != EEXIST)
+            return fd;
+    }
+    return open(path, flags | O_CREAT, mode); /* a symbolic link to nothing */
+}
+
+int files_open_write(const struct file_request *r, struct written_file *file) {
+    struct stat st;
+    if (r->offset > INT64_MAX || (r->length != LENGTH_UNKNOWN && r->length > INT64_MAX))
+        return EFBIG;
+    int fd = open_or_create(r->path, r, &file->created);
+    if (fd < 0 && errno == ENOENT && r->flags & WRITE_MAKE_PARENTS) {
+        int error = make_directories(r->path, 0777, false);
+        if (error != 0)
+            return error;
+        fd = open_or_create(r->path, r, &file->created);
+    }
+    if (fd < 0)
+        return open_error();
+    int error = admit(fd, &st);
+    if (error != 0)
+        return error;
+    file->fd = fd;
+    file->regular = S_ISREG(st.st_mode);
+    file->append = (r->flags & WRITE_APPEND) != 0;
+    file->cut = file->regular && !(r->flags & (WRITE_APPEND | WRITE_KEEP_REST));
+    file->offset = r->offset;
+    uint64_t from = file->append ? (uint64_t)st.st_size : r->offset;
+    if (!file->regular || file->created || st.st_size == 0 || r->length == LENGTH_UNKNOWN ||
+        r->length == 0 || from > (uint64_t)INT64_MAX - r->length)
+        return 0;
+    if (fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)r->length) != 0 &&
+        (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) {
+        error = errno;
+        if (ftruncate(fd, st.st_size) != 0) {
+            /* what had been reserved stays so until the file is next cut */
+        }
+        close(fd);
+    }
+    return error;
+}
+
+int files_write(struct written_file *file, const uint8_t *bytes, size_t n) {
+    while (n > 0) {
+        if (file->offset > (uint64_t)INT64_MAX - n)
+            return EFBIG;
+        ssize_t done = file->regular && !file->append
+                           ? pwrite(file->fd, bytes, n, (off_t)file->offset)
+                           : write(file->fd, bytes, n);
+        if (done < 0 && errno == EINTR)
+            continue;
+        if (done < 0)
+            return errno;
+        file->offset += (uint64_t)done;
+        bytes += done;
+        n -= (size_t)done;
+    }
+    return 0;
+}
+
+int files_finish(struct written_file *file, struct stat *st) {
+    int error = 0;
+    if (file->cut && ftruncate(file->fd, (off_t)file->offset) != 0)
+        error = errno;
+    if (error == 0 && fstat(file->fd, st) != 0)
+        error = errno;
+    if (error != 0) {
+        files_abandon(file);
+        return error;
+    }
+    return result(close(file->fd)); /* some file systems tell of a full quota only here */
+}
+
+void files_abandon(struct written_file *file) {
+    char name[64], path[PATH_MAX_BYTES + 1];
+    struct stat mine, found;
+    if (file->created && fstat(file->fd, &mine) == 0) {
+        snprintf(name, sizeof name, "/proc/self/fd/%d", file->fd);
+        ssize_t n = readlink(name, path, PATH_MAX_BYTES);
+        path[n > 0 ? n : 0] = '\0';
+        if (n > 0 && lstat(path, &found) == 0 && found.st_ino == mine.st_ino &&
+            found.st_dev == mine.st_dev)
+            unlink(path);
+    }
+    close(file->fd);
+}

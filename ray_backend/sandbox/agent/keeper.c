@@ -1,0 +1,532 @@
+#include "keeper.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "tree.h"
+
+#define GROUPS_MAX 256
+#define LINE_MAX_BYTES 4096
+#define OOM_SCORE_MORE 100
+#define RETRY_MS 5
+#define STRIKES 64
+#define FDS_MAX 8192 /* the agent lowers its own limit to this */
+#define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+struct identity {
+    bool given;
+    uid_t uid;
+    gid_t gid, groups[GROUPS_MAX];
+    size_t group_count;
+    char home[PATH_MAX_BYTES + 1];
+};
+
+struct failure {
+    int32_t error;
+    uint32_t stage;
+};
+
+uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* ---- who to run as ---- */
+
+static bool parse_id(const char *text, uint32_t *id) {
+    char *end;
+    if (text[0] < '0' || text[0] > '9')
+        return false;
+    errno = 0;
+    unsigned long v = strtoul(text, &end, 10);
+    *id = (uint32_t)v;
+    return errno == 0 && *end == '\0' && v < UINT32_MAX;
+}
+
+/* Split a line of passwd or group at its colons; gives how many fields there are. */
+static size_t split(char *line, char *fields[], size_t limit) {
+    size_t count = 0;
+    line[strcspn(line, "\n")] = '\0';
+    for (char *at = line; at != NULL && count < limit;) {
+        fields[count++] = at;
+        at = strchr(at, ':');
+        if (at != NULL)
+            *at++ = '\0';
+    }
+    return count;
+}
+
+/* The image's own files are read, not libc's lookups: those may ask a daemon in the container. */
+static FILE *open_table(const char *path) {
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode))
+        return fdopen(fd, "r");
+    if (fd >= 0)
+        close(fd);
+    return NULL;
+}
+
+/* Find a user by name or id; without an entry `found` stays false. */
+static void find_user(const char *name, bool numeric, uint32_t id, struct identity *who,
+                      char *real_name, bool *found) {
+    char line[LINE_MAX_BYTES], *fields[7];
+    uint32_t uid, gid;
+    FILE *table = open_table("/etc/passwd");
+    if (table == NULL)
+        return;
+    while (!*found && fgets(line, sizeof line, table) != NULL) {
+        if (split(line, fields, 7) < 6 || !parse_id(fields[2], &uid) || !parse_id(fields[3], &gid))
+            continue;
+        if (strcmp(fields[0], name) != 0 && !(numeric && uid == id))
+            continue;
+        who->uid = uid;
+        who->gid = gid;
+        snprintf(who->home, sizeof who->home, "%s", fields[5]);
+        snprintf(real_name, LINE_MAX_BYTES, "%s", fields[0]);
+        *found = true;
+    }
+    fclose(table);
+}
+
+static bool lists(char *members, const char *name) {
+    for (char *rest, *at = strtok_r(members, ",", &rest); at; at = strtok_r(NULL, ",", &rest))
+        if (strcmp(at, name) == 0)
+            return true;
+    return false;
+}
+
+/* Find the group called `group`, or, without one, those that have `member` in their list. */
+static bool find_groups(const char *group, const char *member, struct identity *who) {
+    char line[LINE_MAX_BYTES], *fields[4];
+    uint32_t gid;
+    bool found = false;
+    FILE *table = open_table("/etc/group");
+    if (table == NULL)
+        return false;
+    while (fgets(line, sizeof line, table) != NULL) {
+        size_t count = split(line, fields, 4);
+        if (count < 3 || !parse_id(fields[2], &gid))
+            continue;
+        if (group != NULL && strcmp(fields[0], group) == 0) {
+            who->gid = gid;
+            found = true;
+            break;
+        }
+        if (group == NULL && count == 4 && who->group_count < GROUPS_MAX &&
+            lists(fields[3], member))
+            who->groups[who->group_count++] = gid;
+    }
+    fclose(table);
+    return found;
+}
+
+/* "name", "uid", "name:group", "uid:gid", as `docker exec --user` takes them. */
+static int resolve_user(const char *text, struct identity *who) {
+    char name[LINE_MAX_BYTES], real_name[LINE_MAX_BYTES] = "";
+    uint32_t id = 0;
+    bool found = false;
+    memset(who, 0, sizeof *who);
+    if (text[0] == '\0')
+        return 0;
+    if ((size_t)snprintf(name, sizeof name, "%s", text) >= sizeof name)
+        return EINVAL;
+    char *group = strchr(name, ':');
+    if (group != NULL)
+        *group++ = '\0';
+    bool numeric = parse_id(name, &id);
+    strcpy(who->home, "/");
+    find_user(name, numeric, id, who, real_name, &found);
+    if (!found && !numeric)
+        return ENOENT;
+    if (!found)
+        who->uid = id;
+    if (group == NULL)
+        find_groups(NULL, real_name, who);
+    else if (parse_id(group, &id))
+        who->gid = id;
+    else if (!find_groups(group, NULL, who))
+        return ENOENT;
+    if (who->group_count < GROUPS_MAX)
+        who->groups[who->group_count++] = who->gid;
+    who->given = true;
+    return 0;
+}
+
+static int become(const struct identity *who, const struct agent_origin *origin) {
+    gid_t gid = who->given ? who->gid : origin->gid;
+    if (who->given && getuid() == who->uid && origin->gid == who->gid && geteuid() != 0)
+        return 0; /* an agent that is nobody special can still be asked for itself */
+    if (who->given && setgroups(who->group_count, who->groups) != 0)
+        return errno;
+    if (setresgid(gid, gid, gid) != 0)
+        return errno;
+    if (who->given && setresuid(who->uid, who->uid, who->uid) != 0)
+        return errno;
+    return 0;
+}
+
+/* ---- the leader ---- */
+
+static const char *environment_value(char *const envp[], const char *name) {
+    size_t n = strlen(name);
+    for (; *envp != NULL; envp++)
+        if (strncmp(*envp, name, n) == 0 && (*envp)[n] == '=')
+            return *envp + n + 1;
+    return NULL;
+}
+
+/* execve that returns why not. A script whose interpreter is missing gives ENOENT too. */
+static int try_program(const char *path, char *const argv[], char *const envp[], uint32_t *stage) {
+    execve(path, argv, envp);
+    int error = errno;
+    if (error == ENOENT && access(path, F_OK) == 0)
+        *stage = STAGE_INTERPRETER;
+    return error;
+}
+
+/* Look for the program as execvp does, in the PATH that the program itself will see. */
+static int run_program(char *const argv[], char *const envp[], uint32_t *stage) {
+    const char *name = argv[0];
+    if (strchr(name, '/') != NULL || name[0] == '\0')
+        return try_program(name, argv, envp, stage);
+    const char *at = environment_value(envp, "PATH");
+    if (at == NULL)
+        at = DEFAULT_PATH;
+    int result = ENOENT;
+    for (;;) {
+        char candidate[PATH_MAX_BYTES + 1];
+        size_t n = strcspn(at, ":");
+        int length = snprintf(candidate, sizeof candidate, "%.*s/%s", n > 0 ? (int)n : 1,
+                              n > 0 ? at : ".", name);
+        if (n <= PATH_MAX_BYTES && length > 0 && (size_t)length < sizeof candidate) {
+            uint32_t missing = STAGE_PROGRAM;
+            int error = try_program(candidate, argv, envp, &missing);
+            if (missing == STAGE_INTERPRETER) {
+                *stage = missing;
+                return error;
+            }
+            if (error == EACCES)
+                result = error;
+            else if (error != ENOENT && error != ENOTDIR && error != ENAMETOOLONG && error != ELOOP)
+                return error;
+        }
+        if (at[n] == '\0')
+            return result;
+        at += n + 1;
+    }
+}
+
+/* When memory runs out, programs go before the agent. */
+static void prefer_for_oom(void) {
+    char text[16] = "";
+    int fd = open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    if (read(fd, text, sizeof text - 1) > 0) {
+        long score = strtol(text, NULL, 10) + OOM_SCORE_MORE;
+        int n = snprintf(text, sizeof text, "%ld", score > 1000 ? 1000 : score);
+        if (write(fd, text, (size_t)n) < 0) {
+            /* the score stays: nothing depends on it */
+        }
+    }
+    close(fd);
+}
+
+static int open_null(void) {
+    int ends[2], fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (fd >= 0 || pipe2(ends, O_CLOEXEC) != 0)
+        return fd;
+    close(ends[1]); /* an image without /dev/null: a pipe that nobody writes to reads the same */
+    return ends[0];
+}
+
+/* The pointers of argv and envp. What the leader writes here the keeper sees: they share their
+   memory until execve. */
+static char **pointers;
+
+/* Give why there is no program. This runs in a vfork child: it allocates once, for the keeper to
+   free, and changes nothing else that the keeper will look at. */
+static struct failure leader_run(const struct exec_request *request, const struct keeper_ends *ends,
+                                 const struct identity *who, const struct agent_origin *origin) {
+    struct failure failure = {0, STAGE_START};
+    sigset_t none;
+    setsid();
+    prefer_for_oom();
+    setrlimit(RLIMIT_NOFILE, &origin->files);
+
+    int input = ends->input >= 0 ? ends->input : open_null();
+    if (input < 0 || dup2(input, 0) < 0 || dup2(ends->write[0], 1) < 0 ||
+        dup2(ends->write[1], 2) < 0)
+        return failure.error = errno, failure;
+
+    /* The kernel takes 6 MiB of strings and pointers; a hostile count of empty strings less. */
+    size_t count = (size_t)request->argc + request->envc + 3;
+    if (count <= REQUEST_MAX / sizeof *pointers)
+        pointers = malloc(count * sizeof *pointers);
+    if (pointers == NULL)
+        return failure.error = E2BIG, failure;
+    char **argv = pointers, **envp = pointers + request->argc + 1;
+    const char *at = request->strings;
+    for (uint32_t i = 0; i < request->argc; i++, at += strlen(at) + 1)
+        argv[i] = (char *)at;
+    argv[request->argc] = NULL;
+    uint32_t last = request->envc;
+    for (uint32_t i = 0; i < last; i++, at += strlen(at) + 1)
+        envp[i] = (char *)at;
+    envp[last] = NULL;
+    static char home[sizeof "HOME=" + PATH_MAX_BYTES];
+    if (who->given && environment_value(envp, "HOME") == NULL) {
+        snprintf(home, sizeof home, "HOME=%s", who->home);
+        envp[last++] = home;
+        envp[last] = NULL;
+    }
+
+    failure.stage = STAGE_USER;
+    if ((failure.error = become(who, origin)) != 0)
+        return failure;
+    failure.stage = STAGE_CWD;
+    if (chdir(request->cwd) != 0)
+        return failure.error = errno, failure;
+    failure.stage = STAGE_PROGRAM;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    failure.error = run_program(argv, envp, &failure.stage);
+    return failure;
+}
+
+/* Start the leader and wait until it has become the program, or told why it could not. vfork
+   costs a third of fork here. The pipe closes on exec; what comes through it is the errno. */
+static pid_t leader_start(const struct exec_request *request, const struct keeper_ends *ends,
+                          const struct identity *who, const struct agent_origin *origin,
+                          struct failure *failure) {
+    int report[2];
+    *failure = (struct failure){0, STAGE_START};
+    if (pipe2(report, O_CLOEXEC) != 0)
+        return failure->error = errno, -1;
+    pid_t pid = vfork();
+    if (pid < 0) {
+        failure->error = errno;
+    } else if (pid == 0) {
+        struct failure mine = leader_run(request, ends, who, origin);
+        _exit(write(report[1], &mine, sizeof mine) == sizeof mine ? 127 : 126);
+    }
+    close(report[1]);
+    if (pid > 0 && read(report[0], failure, sizeof *failure) < 0)
+        failure->error = errno;
+    close(report[0]);
+    free(pointers);
+    return pid;
+}
+
+/* ---- the keeper ---- */
+
+struct keeping {
+    const struct keeper_ends *ends;
+    pid_t leader;
+    uint64_t started_ns, deadline_ns;
+    enum { IDLE, ASKED, KILLING } kill;
+    bool leader_ended, all_told, draining, orphaned;
+    int status;
+    int drain[2];
+};
+
+static void tell(const struct keeping *k, struct keeper_message message) {
+    if (send(k->ends->socket, &message, sizeof message, MSG_NOSIGNAL) < 0) {
+        /* the agent is gone; its end of the socket says so where we read */
+    }
+}
+
+static int compare_ints(const void *a, const void *b) {
+    int x = *(const int *)a, y = *(const int *)b;
+    return (x > y) - (x < y);
+}
+
+static void close_between(unsigned first, unsigned last) {
+    if (first > last || syscall(SYS_close_range, first, last, 0) == 0)
+        return;
+    for (unsigned fd = first; fd <= last && fd < FDS_MAX; fd++)
+        close((int)fd);
+}
+
+/* Drop what belongs to the agent and to other execs; 0, 1 and 2 go later. */
+static void close_others(const struct keeper_ends *ends) {
+    int kept[] = {ends->socket,  ends->input,    ends->read[0], ends->read[1],
+                  ends->write[0], ends->write[1], ends->signals};
+    size_t count = sizeof kept / sizeof kept[0];
+    qsort(kept, count, sizeof kept[0], compare_ints);
+    unsigned next = 3;
+    for (size_t i = 0; i < count; i++) {
+        if (kept[i] < (int)next)
+            continue;
+        if (kept[i] > (int)next)
+            close_between(next, (unsigned)kept[i] - 1);
+        next = (unsigned)kept[i] + 1;
+    }
+    close_between(next, ~0u);
+}
+
+/* Collect everybody who ended; gives false when nobody is left. Until the leader has ended, the
+   write ends of the pipes stay open here: the agent would only be woken by their closing, just
+   before it is told of the end. */
+static bool reap(struct keeping *k) {
+    int status;
+    pid_t pid;
+    bool ended_now = false;
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+        if (pid == k->leader && !k->leader_ended) {
+            k->leader_ended = ended_now = true;
+            k->status = status;
+        }
+    if (ended_now) {
+        close(k->ends->write[0]);
+        close(k->ends->write[1]);
+        k->all_told = pid != 0;
+        tell(k, (struct keeper_message){.verb = KEEPER_ENDED,
+                                        .number = k->status,
+                                        .left = pid == 0,
+                                        .duration_ns = now_ns() - k->started_ns});
+    }
+    return pid == 0;
+}
+
+static void obey(struct keeping *k) {
+    struct keeper_message message;
+    for (;;) {
+        ssize_t n = recv(k->ends->socket, &message, sizeof message, MSG_DONTWAIT);
+        if (n < 0)
+            return; /* nothing more */
+        if (n != sizeof message) {
+            k->orphaned = true;
+            k->kill = KILLING;
+            return;
+        }
+        if (message.verb == KEEPER_DRAIN)
+            k->draining = true;
+        else if (message.verb == KEEPER_SIGNAL && !k->leader_ended)
+            kill(-k->leader, message.number);
+        else if (message.verb == KEEPER_KILL && k->kill != KILLING) {
+            uint64_t deadline = now_ns() + (uint64_t)(uint32_t)message.number * 1000000u;
+            if (k->kill == IDLE && message.number > 0)
+                tree_terminate();
+            if (k->kill == IDLE || deadline < k->deadline_ns)
+                k->deadline_ns = deadline;
+            k->kill = message.number > 0 ? ASKED : KILLING;
+        }
+    }
+}
+
+/* Throw away what background processes write, so that they do not die of a closed pipe. */
+static void drain(int *fd) {
+    static char waste[65536];
+    ssize_t n = read(*fd, waste, sizeof waste);
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) {
+        close(*fd);
+        *fd = -1;
+    }
+}
+
+/* Kill whom can be found now; gives false when nobody is left. */
+static bool kill_round(struct keeping *k) {
+    for (int i = 0; i < STRIKES; i++) {
+        tree_strike(NULL);
+        if (!reap(k))
+            return false;
+    }
+    tree_kill(NULL);
+    return true;
+}
+
+static _Noreturn void keep(struct keeping *k) {
+    while (reap(k)) {
+        int timeout = -1;
+        if (k->kill == ASKED) {
+            uint64_t now = now_ns();
+            if (now >= k->deadline_ns)
+                k->kill = KILLING;
+            else
+                timeout = (int)((k->deadline_ns - now) / 1000000u) + 1;
+        }
+        if (k->kill == KILLING) {
+            if (!kill_round(k))
+                break;
+            timeout = RETRY_MS;
+        }
+        struct pollfd polled[] = {
+            {k->ends->signals, POLLIN, 0},
+            {k->orphaned ? -1 : k->ends->socket, POLLIN, 0},
+            {k->draining ? k->drain[0] : -1, POLLIN, 0},
+            {k->draining ? k->drain[1] : -1, POLLIN, 0},
+        };
+        if (poll(polled, 4, timeout) <= 0)
+            continue;
+        if (polled[0].revents != 0) { /* only to make it quiet: reap looks for itself */
+            char ignored[2048];
+            if (read(k->ends->signals, ignored, sizeof ignored) < 0)
+                continue;
+        }
+        if (polled[1].revents != 0)
+            obey(k);
+        for (int i = 0; i < 2; i++)
+            if (polled[2 + i].revents != 0)
+                drain(&k->drain[i]);
+    }
+    if (!k->all_told)
+        tell(k, (struct keeper_message){.verb = KEEPER_GONE});
+    _exit(0);
+}
+
+static _Noreturn void keeper_run(const struct exec_request *request, void *memory,
+                                 const struct keeper_ends *ends,
+                                 const struct agent_origin *origin) {
+    struct keeping k = {.ends = ends, .drain = {ends->read[0], ends->read[1]}};
+    struct identity who;
+    struct failure failure = {0, STAGE_USER};
+    sigset_t all;
+    prctl(PR_SET_CHILD_SUBREAPER, 1);
+    prctl(PR_SET_NAME, "keeper");
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, NULL);
+    close_others(ends);
+
+    failure.error = resolve_user(request->user, &who);
+    k.started_ns = now_ns();
+    if (failure.error == 0)
+        k.leader = leader_start(request, ends, &who, origin, &failure);
+    if (failure.error != 0) {
+        if (k.leader > 0)
+            waitpid(k.leader, NULL, 0);
+        tell(&k, (struct keeper_message){
+                     .verb = KEEPER_FAILED, .stage = failure.stage, .number = failure.error});
+        _exit(0);
+    }
+    if (request->flags & EXEC_TELL_START)
+        tell(&k, (struct keeper_message){.verb = KEEPER_STARTED, .number = k.leader});
+    free(memory);
+    close(0);
+    close(1);
+    if (ends->input >= 0)
+        close(ends->input);
+    keep(&k);
+}
+
+pid_t keeper_start(const struct exec_request *request, void *memory, const struct keeper_ends *ends,
+                   const struct agent_origin *origin) {
+    pid_t pid = fork();
+    if (pid == 0)
+        keeper_run(request, memory, ends, origin);
+    return pid;
+}

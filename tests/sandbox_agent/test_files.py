@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ray_backend.sandbox.agent.constants import Channel, WriteFlag
+from ray_backend.sandbox.protocol import Done, Failed, Granted, Opened, Output
+from tests.sandbox_agent.harness import Agent, memory_kib
+
+MIB = 1 << 20
+NAMES = [
+    b"plain",
+    b"two words",
+    b"new\nline",
+    b"-rf",
+    b"\xff\xfe\x80",
+    b"*?[",
+    b"\x01",
+    "é".encode(),
+]
+
+
+def write(agent: Agent, path: Path | bytes, content: bytes, **options: object) -> Done | Failed:
+    opened = agent.connection.write(os.fsencode(path), **options)  # type: ignore[arg-type]
+    return agent.write(opened, content)
+
+
+def read(agent: Agent, path: Path | bytes, **options: object) -> bytes | Failed:
+    return agent.read(agent.connection.read(os.fsencode(path), credit=MIB, **options))  # type: ignore[arg-type]
+
+
+def failure(outcome: object) -> int:
+    assert isinstance(outcome, Failed), outcome
+    return outcome.errno
+
+
+@pytest.mark.parametrize("size", [0, 1, 131_070, 131_071, 131_072, 131_073, 3 * MIB + 7])
+def test_sizes(agent: Agent, tmp_path: Path, size: int):
+    content = os.urandom(size)
+    done = write(agent, tmp_path / "file", content)
+    assert isinstance(done, Done)
+    assert done.stat is not None
+    assert (done.stat.size, stat.S_IMODE(done.stat.mode)) == (size, 0o644)
+    assert (tmp_path / "file").read_bytes() == content
+    assert read(agent, tmp_path / "file") == content
+
+
+@pytest.mark.slow
+def test_a_gibibyte_in_constant_memory(agent: Agent, tmp_path: Path):
+    before = memory_kib(agent.pid, "VmHWM")
+    block, count = os.urandom(MIB), 1024
+    stream, data = agent.connection.write(os.fsencode(tmp_path / "big"), length=count * MIB)
+    agent.push(data)
+    for _ in range(count):
+        rest = memoryview(block)
+        while rest:
+            n = min(len(rest), agent.connection.window(stream))
+            agent.push(agent.connection.send(stream, rest[:n]))
+            rest = rest[n:]
+            if rest:
+                agent.until(stream, Granted)
+    agent.push(agent.connection.end(stream))
+    agent.until(stream, Done)
+    stream, data = agent.connection.read(os.fsencode(tmp_path / "big"), credit=MIB)
+    agent.push(data)
+    agent.until(stream, Opened)
+    back, want = hashlib.sha256(), hashlib.sha256()
+    for _ in range(count):
+        want.update(block)
+    while not isinstance(event := agent.until(stream, Output, Done), Done):
+        back.update(event.data)
+        agent.push(agent.connection.credit(stream, Channel.STDOUT, len(event.data)))
+    (tmp_path / "big").unlink()
+    assert back.digest() == want.digest()
+    assert memory_kib(agent.pid, "VmHWM") < before + 1024
+
+
+def test_ranges(agent: Agent, tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    assert read(agent, path, offset=3, length=4) == b"3456"
+    assert read(agent, path, offset=8, length=4) == b"89"
+    assert read(agent, path, offset=10) == b""
+    assert read(agent, path, offset=99) == b""
+    assert read(agent, path, length=0) == b""
+    write(agent, path, b"ab", offset=4, flags=WriteFlag.KEEP_REST)
+    assert path.read_bytes() == b"0123ab6789"
+    write(agent, path, b"ab", offset=4)
+    assert path.read_bytes() == b"0123ab"
+    write(agent, path, b"x", flags=WriteFlag.APPEND)
+    assert path.read_bytes() == b"0123abx"
+    write(agent, path, b"y", offset=9, flags=WriteFlag.KEEP_REST)
+    assert path.read_bytes() == b"0123abx\0\0y"
+
+
+def test_any_name(agent: Agent, tmp_path: Path):
+    place = os.fsencode(tmp_path / "place")
+    assert isinstance(agent.request(agent.connection.mkdir(place)), Done)
+    for name in NAMES:
+        assert isinstance(write(agent, place + b"/" + name, name), Done)
+    assert sorted(os.listdir(place)) == sorted(NAMES)
+    entries = agent.names(place)
+    assert not isinstance(entries, Failed)
+    assert sorted(entry.name for entry in entries) == sorted(NAMES)
+    for name in NAMES:
+        path = place + b"/" + name
+        assert read(agent, path) == name
+        assert isinstance(agent.request(agent.connection.rename(path, path + b"2")), Done)
+        assert isinstance(agent.request(agent.connection.remove(path + b"2")), Done)
+    assert isinstance(agent.request(agent.connection.remove(place, directory=True)), Done)
+    assert not os.path.exists(place)
+
+
+def test_overwriting_keeps_mode_owner_and_links(agent: Agent, tmp_path: Path):
+    path, hard, soft = tmp_path / "file", tmp_path / "hard", tmp_path / "soft"
+    path.write_bytes(b"a longer old content")
+    path.chmod(0o751)
+    if os.geteuid() == 0:
+        os.chown(path, 1234, 567)
+    hard.hardlink_to(path)
+    soft.symlink_to("file")
+    before = path.stat()
+    write(agent, soft, b"new")
+    after = path.stat()
+    assert (after.st_ino, after.st_mode, after.st_uid, after.st_gid) == (
+        before.st_ino,
+        before.st_mode,
+        before.st_uid,
+        before.st_gid,
+    )
+    assert soft.is_symlink()
+    assert hard.read_bytes() == b"new"
+
+
+def test_a_link_to_nothing_is_written_through(agent: Agent, tmp_path: Path):
+    (tmp_path / "soft").symlink_to("target")
+    assert isinstance(write(agent, tmp_path / "soft", b"new"), Done)
+    assert (tmp_path / "target").read_bytes() == b"new"
+    assert (tmp_path / "soft").is_symlink()
+
+
+def test_modes_of_new_files(agent: Agent, tmp_path: Path):
+    write(agent, tmp_path / "program", b"", mode=0o777)
+    assert stat.S_IMODE((tmp_path / "program").stat().st_mode) == 0o755
+    done = write(agent, tmp_path / "program", b"", flags=WriteFlag.EXCLUSIVE)
+    assert failure(done) == errno.EEXIST
+
+
+def test_errors(agent: Agent, tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "loop").symlink_to("loop")
+    connection, place = agent.connection, os.fsencode(tmp_path)
+    assert failure(read(agent, tmp_path / "missing")) == errno.ENOENT
+    assert failure(read(agent, tmp_path)) == errno.EISDIR
+    assert failure(read(agent, tmp_path / "file/x")) == errno.ENOTDIR
+    assert failure(read(agent, tmp_path / "loop")) == errno.ELOOP
+    assert failure(read(agent, place + b"/" + b"x" * 256)) == errno.ENAMETOOLONG
+    assert failure(write(agent, tmp_path, b"")) == errno.EISDIR
+    assert failure(write(agent, tmp_path / "no/parent", b"")) == errno.ENOENT
+    assert failure(write(agent, tmp_path / "file/x", b"")) == errno.ENOTDIR
+    parents = WriteFlag.MAKE_PARENTS
+    assert failure(write(agent, tmp_path / "file/x/y", b"", flags=parents)) == errno.ENOTDIR
+    assert failure(agent.names(place + b"/file")) == errno.ENOTDIR
+    assert failure(agent.names(place + b"/missing")) == errno.ENOENT
+    assert failure(agent.request(connection.stat(place + b"/missing"))) == errno.ENOENT
+    assert failure(agent.request(connection.remove(place + b"/missing"))) == errno.ENOENT
+    assert failure(agent.request(connection.remove(place))) == errno.EISDIR
+    assert failure(agent.request(connection.remove(place, directory=True))) == errno.ENOTEMPTY
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_make_parents(agent: Agent, tmp_path: Path):
+    path = tmp_path / "a/b/c/file"
+    assert isinstance(write(agent, path, b"new", flags=WriteFlag.MAKE_PARENTS), Done)
+    assert path.read_bytes() == b"new"
+
+
+def test_mkdir(agent: Agent, tmp_path: Path):
+    def mkdir(path: Path, **options: bool) -> Done | Failed:
+        return agent.request(agent.connection.mkdir(os.fsencode(path), **options))
+
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to(".")
+    assert isinstance(mkdir(tmp_path / "a"), Done)
+    assert failure(mkdir(tmp_path / "a")) == errno.EEXIST
+    assert failure(mkdir(tmp_path / "a", parents=True)) == errno.EEXIST
+    assert isinstance(mkdir(tmp_path / "a", exist_ok=True), Done)
+    assert failure(mkdir(tmp_path / "b/c")) == errno.ENOENT
+    assert isinstance(mkdir(tmp_path / "b/c", parents=True), Done)
+    assert isinstance(mkdir(tmp_path / "b/c/", parents=True, exist_ok=True), Done)
+    assert isinstance(mkdir(tmp_path / "link", parents=True, exist_ok=True), Done)
+    assert failure(mkdir(tmp_path / "file", exist_ok=True)) == errno.EEXIST
+    assert failure(mkdir(tmp_path / "file/x", parents=True)) == errno.ENOTDIR
+    assert isinstance(mkdir(Path("/"), parents=True, exist_ok=True), Done)
+
+
+def test_stat(agent: Agent, tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    os.utime(tmp_path / "file", ns=(0, 1_234_567_890_123_456_789))
+
+    def look(name: str, *, follow: bool) -> Done:
+        done = agent.request(agent.connection.stat(os.fsencode(tmp_path / name), follow=follow))
+        assert isinstance(done, Done)
+        return done
+
+    seen, want = look("link", follow=True), (tmp_path / "file").stat()
+    assert seen.link is None
+    assert seen.stat is not None
+    assert (seen.stat.mode, seen.stat.uid, seen.stat.gid, seen.stat.nlink) == (
+        want.st_mode,
+        want.st_uid,
+        want.st_gid,
+        1,
+    )
+    assert (seen.stat.size, seen.stat.inode, seen.stat.device) == (5, want.st_ino, want.st_dev)
+    assert seen.stat.mtime_ns == 1_234_567_890_123_456_789
+    seen = look("link", follow=False)
+    assert seen.link == b"file"
+    assert seen.stat is not None
+    assert stat.S_ISLNK(seen.stat.mode)
+    os.utime(tmp_path / "file", ns=(0, -1_500_000_000))
+    assert look("file", follow=False).stat.mtime_ns == -1_500_000_000  # type: ignore[union-attr]
+
+
+def test_rename(agent: Agent, tmp_path: Path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(b"old")
+    new.write_bytes(b"new")
+    names = os.fsencode(old), os.fsencode(new)
+    outcome = agent.request(agent.connection.rename(*names, replace=False))
+    assert failure(outcome) == errno.EEXIST
+    assert new.read_bytes() == b"new"
+    assert isinstance(agent.request(agent.connection.rename(*names)), Done)
+    assert (new.read_bytes(), old.exists()) == (b"old", False)
+    assert failure(agent.request(agent.connection.rename(*names))) == errno.ENOENT
+
+
+def test_what_could_wait_for_ever_is_refused(agent: Agent, tmp_path: Path):
+    os.mkfifo(tmp_path / "fifo")
+    for use in (lambda path: read(agent, path), lambda path: write(agent, path, b"x")):
+        assert failure(use(tmp_path / "fifo")) == errno.EOPNOTSUPP
+    reader = os.open(tmp_path / "fifo", os.O_RDWR)
+    assert failure(write(agent, tmp_path / "fifo", b"x")) == errno.EOPNOTSUPP
+    os.close(reader)
+    assert read(agent, b"/dev/zero", length=10) == bytes(10)
+    assert read(agent, b"/dev/null") == b""
+    assert isinstance(write(agent, b"/dev/null", b"x"), Done)
+    assert failure(write(agent, b"/dev/full", b"x")) == errno.ENOSPC
+
+
+def test_files_without_a_size(agent: Agent):
+    assert read(agent, b"/proc/self/comm") == b"agent\n"
+
+
+def test_big_directories_come_piece_by_piece(agent: Agent, tmp_path: Path):
+    names = {b"%0200d" % i for i in range(3000)}
+    for name in names:
+        (tmp_path / name.decode()).touch()
+    entries = agent.names(os.fsencode(tmp_path), credit=1000)
+    assert not isinstance(entries, Failed)
+    assert {entry.name for entry in entries} == names
+    assert len(entries) == len(names)
+    assert {entry.kind for entry in entries} <= {0, 8}
+
+
+def test_a_cancelled_write_of_a_new_file_leaves_nothing(agent: Agent, tmp_path: Path):
+    (tmp_path / "existing").write_bytes(b"old content")
+    for name in ("new", "existing"):
+        stream, data = agent.connection.write(os.fsencode(tmp_path / name))
+        agent.push(data + agent.connection.send(stream, b"half"))
+        agent.push(agent.connection.cancel(stream))
+        assert agent.until(stream, Failed).errno == errno.ECANCELED
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "existing").read_bytes() == b"halfcontent"
+
+
+def test_a_cancelled_read_ends(agent: Agent):
+    stream, data = agent.connection.read(b"/dev/zero", credit=1 << 30)
+    agent.push(data)
+    agent.until(stream, Output)
+    agent.push(agent.connection.cancel(stream))
+    assert agent.until(stream, Failed).errno == errno.ECANCELED
+    assert agent.connection.open_streams == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Give a file system of 1 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk(agent: Agent, small_disk: Path):
+    old = os.urandom(300_000)
+    path, new = small_disk / "file", small_disk / "new"
+    assert isinstance(write(agent, path, old), Done)
+    content = bytes(2 * MIB)
+    assert failure(write(agent, new, content)) == errno.ENOSPC
+    assert not new.exists(), "half a new file was left"
+    announced = write(agent, path, content, length=len(content))
+    assert failure(announced) == errno.ENOSPC
+    assert path.read_bytes() == old, "the old content had to be whole"
+    assert isinstance(write(agent, new, bytes(500_000)), Done), "the reserved space was not freed"
+    new.unlink()
+    assert failure(write(agent, path, content)) == errno.ENOSPC
+    assert isinstance(write(agent, path, old, length=len(old)), Done)
+    assert path.read_bytes() == old
