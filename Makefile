@@ -22,14 +22,20 @@ SETUP := pyproject.toml requirements-dev.lock apothic/_version.py scripts/venv.s
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test check fmt bench test-oldest lock dist clean
+.PHONY: help venv docker-engine docker-images quickstart test check fmt bench test-oldest lock dist clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
 	@echo 'Variables: PYTHON, VENV, PYTEST_ARGS, BENCH_ARGS (for instance: make test PYTEST_ARGS="-k named")'
 
 venv: $(VENV)/.dev ## Create .venv with the package (editable) and the development tools
 	@:
+
+docker-engine: ## See to it that a Docker engine answers: use, start or install one
+	@scripts/docker-engine.sh
+
+docker-images: ## Build the images that tests start containers from
+	@scripts/docker-engine.sh images
 
 quickstart: $(VENV)/.run ## Run examples/quickstart.py on an embedded Ray
 	@$(PY) examples/quickstart.py

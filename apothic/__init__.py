@@ -7,10 +7,13 @@ The layers, top to bottom:
 - `Cls`, `BoundCls`, `ClassInstance`, `Function`, `Job`: what it holds and calls (`apothic.cls`,
   `apothic.instance`, `apothic.function`), over `apothic.targets` and `apothic.calls`, which count,
   scale and retry.
+- `Sandbox`, `SandboxSession`: workspaces (`apothic.sandbox`, `apothic.session`). What a session's verbs
+  do is in `apothic.session_core`, over an `apothic.workspace`: a container, or with `Sandbox.local` this
+  machine (`apothic.local_session`).
 - `ControlPlaneClient`: the seam (`apothic.backend`). Engines stand behind it; the one on Ray is found
   when it is first needed.
-- Values that travel (`apothic.values`), the pickling of classes (`apothic.packing`) and every error
-  (`apothic.errors`).
+- Values that travel (`apothic.values`, `apothic.sandbox_values`), the pickling of classes
+  (`apothic.packing`) and every error (`apothic.errors`).
 
 Importing this package loads no engine and connects to nothing; names are loaded when first used.
 """
@@ -28,12 +31,23 @@ if TYPE_CHECKING:
     from apothic.cls import Cls
     from apothic.decorators import enter, exit, method
     from apothic.errors import ApothicError
+    from apothic.exec_stream import SandboxExecStream
     from apothic.function import Function, Job, RemoteFunction
     from apothic.image import Image
     from apothic.instance import ClassInstance, LocalClassInstance
     from apothic.offers import OfferFiltersModel
     from apothic.retries import Retries
+    from apothic.sandbox import Sandbox
+    from apothic.sandbox_values import (
+        SandboxExecResult,
+        SandboxHandle,
+        SandboxInfo,
+        SandboxSessionInfo,
+        SandboxSpec,
+        SandboxStreamEvent,
+    )
     from apothic.secret import Secret
+    from apothic.session import SandboxSession
     from apothic.values import (
         AppManifest,
         ClassInfo,
@@ -65,6 +79,15 @@ __all__ = [
     "RemoteApp",
     "RemoteFunction",
     "Retries",
+    "Sandbox",
+    "SandboxExecResult",
+    "SandboxExecStream",
+    "SandboxHandle",
+    "SandboxInfo",
+    "SandboxSession",
+    "SandboxSessionInfo",
+    "SandboxSpec",
+    "SandboxStreamEvent",
     "Secret",
     "StorageMount",
     "Volume",
@@ -81,12 +104,23 @@ _HOMES = {
     "apothic.cls": ("Cls",),
     "apothic.decorators": ("enter", "exit", "method"),
     "apothic.errors": ("ApothicError",),
+    "apothic.exec_stream": ("SandboxExecStream",),
     "apothic.function": ("Function", "Job", "RemoteFunction"),
     "apothic.image": ("Image",),
     "apothic.instance": ("ClassInstance", "LocalClassInstance"),
     "apothic.offers": ("OfferFiltersModel",),
     "apothic.retries": ("Retries",),
+    "apothic.sandbox": ("Sandbox",),
+    "apothic.sandbox_values": (
+        "SandboxExecResult",
+        "SandboxHandle",
+        "SandboxInfo",
+        "SandboxSessionInfo",
+        "SandboxSpec",
+        "SandboxStreamEvent",
+    ),
     "apothic.secret": ("Secret",),
+    "apothic.session": ("SandboxSession",),
     "apothic.values": (
         "AppManifest",
         "ClassInfo",

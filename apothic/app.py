@@ -21,11 +21,12 @@ from apothic.errors import (
 )
 from apothic.image import Image
 from apothic.names import check_name
-from apothic.options import ClassOptions
+from apothic.options import ClassOptions, check_network
 from apothic.retries import Retries
+from apothic.sandbox import Sandbox
 from apothic.secret import Secret
 from apothic.twins import Twin, twin
-from apothic.values import AppManifest
+from apothic.values import AppManifest, Network
 from apothic.volume import StorageMount
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class App:
-    """A named set of classes. Importing or defining one connects to nothing."""
+    """A named set of classes and sandboxes. Importing or defining one connects to nothing."""
 
     def __init__(self, name: str, *, client: ControlPlaneClient | None = None) -> None:
         """Name an app.
@@ -56,6 +57,7 @@ class App:
             connect(client)  # refuses what is no client
         self._given_client = client
         self._classes: dict[str, Cls] = {}
+        self._sandboxes: dict[str, Sandbox] = {}
         self._entrypoints: dict[str, Callable[..., Any]] = {}
         self._deployment_id: str | None = None
 
@@ -96,9 +98,9 @@ class App:
         return dict(self._classes)
 
     @property
-    def sandboxes(self) -> dict[str, Any]:
+    def sandboxes(self) -> dict[str, Sandbox]:
         """The sandbox definitions by name."""
-        return {}
+        return dict(self._sandboxes)
 
     @property
     def sandbox_names(self) -> tuple[str, ...]:
@@ -266,6 +268,11 @@ class App:
         return decorate
 
     def _check_free(self, name: str, local_cls: type[Any]) -> None:
+        if name in self._sandboxes:
+            raise ConflictError(
+                f"app {self._name!r} has a sandbox {name!r}: app.{name} would be either. Choose another "
+                f"name with @app.cls(name=…)."
+            )
         known = self._classes.get(name)
         if known is None or known.local_cls is None:
             return
@@ -276,6 +283,145 @@ class App:
                 f"app {self._name!r} has a class {name!r} already, {known.local_cls!r}. Give one of "
                 f"them another name with @app.cls(name=…)."
             )
+
+    def sandbox(
+        self,
+        *,
+        name: str = "default",
+        gpu: str | list[str] | None = None,
+        gpu_count: int | None = None,
+        min_vram_gb: int | None = None,
+        geolocation: str | list[str] | None = None,
+        offer_filters: OfferFiltersModel | dict[str, Any] | None = None,
+        max_cost_per_hour_usd: float | None = None,
+        max_cost_per_tflop_hour_usd: float | None = None,
+        min_total_flops: float | None = None,
+        min_gpu_ram_bandwidth_gbps: float | None = None,
+        min_cpu_cores: float | None = None,
+        min_cpu_ram_gb: float | None = None,
+        min_cpu_ghz: float | None = None,
+        min_disk_bandwidth_mb_s: float | None = None,
+        min_internet_upload_mbps: float | None = None,
+        min_internet_download_mbps: float | None = None,
+        secure_cloud_only: bool | None = None,
+        cpu: int = 1,
+        memory_mb: int = 1024,
+        disk_gb: float | None = None,
+        timeout_s: int = 3600,
+        retries: int | Retries | None = None,
+        max_retries: int = 0,
+        concurrent_requests: int = 1,
+        max_pending_tasks: int = 100,
+        max_containers: int = 1,
+        tasks_per_container: int = 1000,
+        image: Image | None = None,
+        secrets: list[Secret] | None = None,
+        volumes: dict[str, StorageMount] | list[StorageMount] | None = None,
+        network: Network = "none",
+        tags: Iterable[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> Sandbox:
+        """Define workspaces of this app: each session of it is a container of its own.
+
+        Args:
+            name: its name in the app.
+            gpu: as for `cls`, and so are the others up to ``min_internet_download_mbps``.
+            gpu_count: GPUs per container.
+            min_vram_gb: memory per GPU, in GB of 1000 MB.
+            geolocation: country code or region of the node, or several.
+            offer_filters: further conditions on the node's offer.
+            max_cost_per_hour_usd: cost of the container's share of the node, in USD per hour.
+            max_cost_per_tflop_hour_usd: that cost per FP32 TFLOPS.
+            min_total_flops: FP32 TFLOPS of the container's GPUs.
+            min_gpu_ram_bandwidth_gbps: memory bandwidth per GPU, in GB/s.
+            min_cpu_cores: of the node.
+            min_cpu_ram_gb: of the node, in GB.
+            min_cpu_ghz: of the node.
+            min_disk_bandwidth_mb_s: of the node, in MB/s.
+            min_internet_upload_mbps: of the node, in megabits per second.
+            min_internet_download_mbps: of the node, in megabits per second.
+            secure_cloud_only: only nodes that say they are in a secure cloud.
+            cpu: CPU cores of the container, a limit.
+            memory_mb: memory of the container, in MB, a limit.
+            disk_gb: disk of the container, in GB.
+            timeout_s: limit on an exec that has none of its own, in seconds.
+            retries: policy for opening a session that failed to start; execs are never repeated.
+            max_retries: that many further attempts, when ``retries`` is not given.
+            concurrent_requests: above 1, so many execs run at once in a session and the others wait
+                their turn. The default sets no limit of its own: a program may wait for another.
+            max_pending_tasks: unfinished verbs of one process on one session beyond which the next
+                is refused.
+            max_containers: with ``tasks_per_container`` a product: the cap on live sessions.
+            tasks_per_container: see ``max_containers``; a session never shares its container.
+            image: what is in the container.
+            secrets: environment variables of every exec.
+            volumes: directories that outlive sessions, by mount path.
+            network: ``none``, or ``internet`` for the public internet and no private network.
+            tags: words to find it by.
+            metadata: JSON values shown beside them.
+
+        Raises:
+            InvalidOptionError: naming the option, the value, the rule and the remedy.
+            ConflictError: when the app has a sandbox of this name with other options, or a class.
+        """
+        constraints = {
+            "gpu": gpu,
+            "gpu_count": gpu_count,
+            "min_vram_gb": min_vram_gb,
+            "geolocation": geolocation,
+            "offer_filters": offer_filters,
+            "max_cost_per_hour_usd": max_cost_per_hour_usd,
+            "max_cost_per_tflop_hour_usd": max_cost_per_tflop_hour_usd,
+            "min_total_flops": min_total_flops,
+            "min_gpu_ram_bandwidth_gbps": min_gpu_ram_bandwidth_gbps,
+            "min_cpu_cores": min_cpu_cores,
+            "min_cpu_ram_gb": min_cpu_ram_gb,
+            "min_cpu_ghz": min_cpu_ghz,
+            "min_disk_bandwidth_mb_s": min_disk_bandwidth_mb_s,
+            "min_internet_upload_mbps": min_internet_upload_mbps,
+            "min_internet_download_mbps": min_internet_download_mbps,
+            "secure_cloud_only": secure_cloud_only,
+            "disk_gb": disk_gb,
+        }
+        options = ClassOptions.check(
+            constraints=constraints,
+            cpu=cpu,
+            memory_mb=memory_mb,
+            timeout_s=timeout_s,
+            retries=retries,
+            max_retries=max_retries,
+            concurrent_requests=concurrent_requests,
+            max_pending_tasks=max_pending_tasks,
+            max_containers=max_containers,
+            tasks_per_container=tasks_per_container,
+            image=image,
+            secrets=secrets,
+            volumes=volumes,
+        )
+        made = Sandbox(
+            app_name=self._name,
+            name=check_name("sandbox", name),
+            options=options,
+            network=check_network(network),
+            tags=check_tags(tags),
+            metadata=check_metadata(metadata),
+            client=lambda: self.client,
+            deployment_id=lambda: self._deployment_id,
+        )
+        if name in self._classes:
+            raise ConflictError(
+                f"app {self._name!r} has a class {name!r}: app.{name} would be either. Choose another "
+                f"name."
+            )
+        # Running a cell or reloading a module defines the same sandbox again; that is no conflict.
+        known = self._sandboxes.get(name)
+        if known is not None and not known.same_as(made):
+            raise ConflictError(
+                f"app {self._name!r} has a sandbox {name!r} already, with other options. Give one of "
+                f"them another name with app.sandbox(name=…)."
+            )
+        self._sandboxes[name] = made
+        return made
 
     def local_entrypoint(self, *, name: str | None = None) -> Callable[[_F], _F]:
         """Make a function the program that `run_local` starts; it runs in this process.
@@ -329,13 +475,13 @@ class App:
         """
         return _get_class(self._name, self._classes, name)
 
-    def get_sandbox(self, name: str) -> Any:
+    def get_sandbox(self, name: str) -> Sandbox:
         """Give a sandbox definition of this app.
 
         Raises:
             SandboxNotFoundError: when there is none of this name.
         """
-        raise SandboxNotFoundError(f"app {self._name!r} has no sandbox {name!r}: it has none.")
+        return _get_sandbox(self._name, self._sandboxes, name)
 
     def get_local_entrypoint(self, name: str | None = None) -> Callable[..., Any]:
         """Give an entry point; without a name the only one.
@@ -357,22 +503,16 @@ class App:
             )
         return self._entrypoints[name]
 
-    def __getattr__(self, name: str) -> Cls:
-        """Give a class of this app as an attribute."""
+    def __getattr__(self, name: str) -> Any:
+        """Give a class or sandbox of this app as an attribute."""
         if name.startswith("_") or hasattr(type(self), name):
             # A property that raised AttributeError inside: its own message counts.
-            return object.__getattribute__(self, name)  # type: ignore[no-any-return]
-        found = self._classes.get(name)
-        if found is None:
-            raise AttributeError(
-                f"app {self._name!r} has no class {name!r}: it has "
-                f"{', '.join(self._classes) or 'none'}."
-            )
-        return found
+            return object.__getattribute__(self, name)
+        return _member(self._name, self._classes, self._sandboxes, name)
 
     def __dir__(self) -> list[str]:
-        """List verbs and classes."""
-        return sorted({*super().__dir__(), *self._classes})
+        """List verbs, classes and sandboxes."""
+        return sorted({*super().__dir__(), *self._classes, *self._sandboxes})
 
     # -- verbs ---------------------------------------------------------------------------------
 
@@ -383,7 +523,9 @@ class App:
             SerializationError: when a class cannot travel; the message names what stands in the way.
         """
         return AppManifest(
-            name=self._name, classes={name: cls.spec for name, cls in self._classes.items()}
+            name=self._name,
+            classes={name: cls.spec for name, cls in self._classes.items()},
+            sandboxes={name: sandbox.spec for name, sandbox in self._sandboxes.items()},
         )
 
     def deploy(self, *, close_outdated: bool = False) -> str:
@@ -407,6 +549,8 @@ class App:
         blobs: dict[str, bytes] = {}
         for cls in self._classes.values():
             blobs.update(cls.blobs())
+        for sandbox in self._sandboxes.values():
+            blobs.update(sandbox.blobs())
         self.client.deploy(manifest, blobs, close_outdated=close_outdated)
         self._deployment_id = manifest.deployment_id
         return manifest.deployment_id
@@ -433,12 +577,17 @@ class App:
 
         The state comes last, since classes and apps refer to one another.
         """
-        state = {"_classes": self._classes, "_deployment_id": self._deployment_id}
+        state = {
+            "_classes": self._classes,
+            "_sandboxes": self._sandboxes,
+            "_deployment_id": self._deployment_id,
+        }
         return App, (self._name,), state
 
     def __repr__(self) -> str:
-        """Name the app and its classes."""
-        return f"<apothic.App {self._name!r} ({', '.join(self._classes) or 'no classes'})>"
+        """Name the app and what it has."""
+        names = ", ".join([*self._classes, *self._sandboxes])
+        return f"<apothic.App {self._name!r} ({names or 'no classes'})>"
 
 
 class AppAio(Twin[App]):
@@ -490,6 +639,12 @@ class RemoteApp:
             cls_name: Cls(spec, client=lambda: client, deployment_id=lambda: manifest.deployment_id)
             for cls_name, spec in manifest.classes.items()
         }
+        self._sandboxes = {
+            sandbox_name: Sandbox(
+                spec, client=lambda: client, deployment_id=lambda: manifest.deployment_id
+            )
+            for sandbox_name, spec in manifest.sandboxes.items()
+        }
 
     @property
     def name(self) -> str:
@@ -517,9 +672,14 @@ class RemoteApp:
         return dict(self._classes)
 
     @property
-    def sandboxes(self) -> dict[str, Any]:
+    def sandboxes(self) -> dict[str, Sandbox]:
         """The sandbox definitions by name."""
-        return {}
+        return dict(self._sandboxes)
+
+    @property
+    def sandbox_names(self) -> tuple[str, ...]:
+        """The names of the sandbox definitions."""
+        return tuple(self._sandboxes)
 
     def manifest(self) -> AppManifest:
         """Give the manifest that was found."""
@@ -533,17 +693,20 @@ class RemoteApp:
         """
         return _get_class(self._name, self._classes, name)
 
-    def __getattr__(self, name: str) -> Cls:
-        """Give a class as an attribute."""
+    def get_sandbox(self, name: str) -> Sandbox:
+        """Give a sandbox definition.
+
+        Raises:
+            SandboxNotFoundError: when there is none of this name.
+        """
+        return _get_sandbox(self._name, self._sandboxes, name)
+
+    def __getattr__(self, name: str) -> Any:
+        """Give a class or sandbox as an attribute."""
         if name.startswith("_") or hasattr(type(self), name):
             # A property that raised AttributeError inside: its own message counts.
-            return object.__getattribute__(self, name)  # type: ignore[no-any-return]
-        if name not in self._classes:
-            raise AttributeError(
-                f"app {self._name!r} has no class {name!r}: it has "
-                f"{', '.join(self._classes) or 'none'}."
-            )
-        return self._classes[name]
+            return object.__getattribute__(self, name)
+        return _member(self._name, self._classes, self._sandboxes, name)
 
     def __iter__(self) -> Iterator[Cls]:
         """Iterate over the classes."""
@@ -561,6 +724,27 @@ def _get_class(app: str, classes: Mapping[str, Cls], name: str) -> Cls:
             f"Check the spelling."
         )
     return classes[name]
+
+
+def _get_sandbox(app: str, sandboxes: Mapping[str, Sandbox], name: str) -> Sandbox:
+    if name not in sandboxes:
+        raise SandboxNotFoundError(
+            f"app {app!r} has no sandbox {name!r}: it has {', '.join(sandboxes) or 'none'}. "
+            f"Check the spelling."
+        )
+    return sandboxes[name]
+
+
+def _member(
+    app: str, classes: Mapping[str, Cls], sandboxes: Mapping[str, Sandbox], name: str
+) -> Cls | Sandbox:
+    found = classes.get(name) or sandboxes.get(name)
+    if found is None:
+        raise AttributeError(
+            f"app {app!r} has no class or sandbox {name!r}: it has "
+            f"{', '.join([*classes, *sandboxes]) or 'none'}."
+        )
+    return found
 
 
 def _methods_of(classes: Mapping[str, Cls]) -> dict[str, Function[Any] | RemoteFunction[Any]]:

@@ -1,8 +1,8 @@
 """The seam between the API and an engine: specs go in, handles and values come out.
 
-An engine implements `ControlPlaneClient`, `InstanceRef`, `CallRef` and `ItemStream`, and registers
-a ``connect(base_url) -> ControlPlaneClient`` under the entry-point group ``apothic.backends``. It is
-imported at first use, so that importing the API loads no engine.
+An engine implements `ControlPlaneClient`, `InstanceRef`, `CallRef` and `ItemStream`, for sandboxes also
+`SandboxRef`, and registers a ``connect(base_url) -> ControlPlaneClient`` under the entry-point group
+``apothic.backends``. It is imported at first use, so that importing the API loads no engine.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from apothic.errors import BackendNotFoundError, InvalidOptionError
+from apothic.errors import BackendNotFoundError, InvalidOptionError, UsageError
 
 if TYPE_CHECKING:
+    from apothic.node_types import NodeType
+    from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
     from apothic.values import (
         AppManifest,
         ClassInstanceHandle,
@@ -25,14 +27,19 @@ if TYPE_CHECKING:
         CloseReport,
         InstanceInfo,
         MethodInfo,
+        SandboxSpec,
     )
     from apothic.volume import StorageMount
 
 __all__ = [
     "CallRef",
     "ControlPlaneClient",
+    "ExecOutcome",
+    "ExecRequest",
     "InstanceRef",
     "ItemStream",
+    "SandboxRef",
+    "SandboxRequest",
     "StartRequest",
     "connect",
     "use_client",
@@ -168,6 +175,115 @@ class StartRequest:
     blobs: Callable[[], Mapping[str, bytes]] = field(default=_no_blobs, repr=False)
 
 
+class ExecRequest(NamedTuple):
+    """One exec, as the kernel takes it; its input goes beside it.
+
+    Attributes:
+        argv: the program and its arguments.
+        timeout_s: seconds until all that it started is killed.
+        max_output_bytes: how much of each stream is kept.
+        cwd: where it starts, relative to the session's directory; None is that directory itself.
+        env: variables over the session's; None removes one.
+        user: ``name``, ``uid``, ``name:group`` or ``uid:gid``; empty for the session's own.
+    """
+
+    argv: tuple[bytes, ...]
+    timeout_s: float
+    max_output_bytes: int
+    cwd: bytes | None = None
+    env: Mapping[bytes, bytes | None] | None = None
+    user: bytes = b""
+
+
+class ExecOutcome(NamedTuple):
+    """How an exec ended; at the end of a stream without the output, which came before.
+
+    Attributes:
+        returncode: 128+n for death by signal n, 127 for a missing program, 126 for one that cannot
+            be executed.
+        timed_out: it was killed after ``timeout_s``.
+        oom_killed: a process was killed while it ran, since the sandbox's memory was used up.
+    """
+
+    returncode: int
+    signal: int | None = None
+    duration_s: float = 0.0
+    stdout: bytes = b""
+    stderr: bytes = b""
+    stdout_truncated: bool = False
+    stderr_truncated: bool = False
+    timed_out: bool = False
+    oom_killed: bool = False
+
+
+class SandboxRef(ABC):
+    """One live session as an engine reaches it.
+
+    Its verbs are the methods of `apothic.session_core.SessionCore` that ``VERBS`` and ``STREAMS`` name,
+    with their arguments by position. Text is bytes there: names of files need not be text. Errors of
+    the package arrive as themselves. A verb that is cancelled ends what it started.
+    """
+
+    @property
+    @abstractmethod
+    def handle(self) -> SandboxHandle:
+        """Where it is, as a value."""
+
+    @property
+    @abstractmethod
+    def native(self) -> Any:
+        """The engine's own handle, for instance a Ray actor handle."""
+
+    @abstractmethod
+    def call(self, verb: str, *args: Any) -> CallRef:
+        """Submit a verb that gives one value."""
+
+    @abstractmethod
+    def stream(self, verb: str, *args: Any) -> ItemStream:
+        """Start a verb that gives several, at once; it is held up when its items are not taken."""
+
+    @abstractmethod
+    def wait_ready(self) -> None:
+        """Wait until it takes verbs; raise `SandboxStartError` if it cannot, with nothing left."""
+
+    @abstractmethod
+    def inspect(self) -> SandboxSessionInfo:
+        """Ask how it is, also while verbs are running."""
+
+    @abstractmethod
+    def close(self) -> CloseReport:
+        """End its programs and remove what it worked in; idempotent."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give up this process's lease; the last one to do so closes the session."""
+
+
+@dataclass(frozen=True)
+class SandboxRequest:
+    """A wanted session.
+
+    Attributes:
+        spec: the definition.
+        sandbox_id: the session's id within it.
+        named: it lives until closed, not while leased, and is the wanted one if it lives already.
+        cwd: its first working directory, absolute; made if it is missing.
+        env: its own variables; None removes one that the image or a secret sets.
+        arguments_digest: equal for equal ``cwd`` and ``env``; `SandboxSessionInfo` shows it.
+        max_sessions: as many sessions of this definition may live on the cluster.
+        blobs: gives the contents that the spec names by digest; called when they are not stored.
+    """
+
+    spec: SandboxSpec
+    sandbox_id: str
+    named: bool
+    cwd: bytes
+    env: Mapping[bytes, bytes | None] = field(repr=False)
+    arguments_digest: str
+    max_sessions: int
+    blobs: Callable[[], Mapping[str, bytes]] = field(default=_no_blobs, repr=False)
+
+
 class ControlPlaneClient(ABC):
     """A connection to a cluster."""
 
@@ -236,8 +352,65 @@ class ControlPlaneClient(ABC):
         """Remove a volume and its files; False when there is none."""
 
     @abstractmethod
-    def explain(self, spec: ClassSpec) -> str:
-        """Tell where an instance could run and why not elsewhere, starting nothing."""
+    def explain(self, spec: ClassSpec | SandboxSpec) -> str:
+        """Tell where it could run and why not elsewhere, starting nothing."""
+
+    # An engine without sandboxes leaves these as they are.
+
+    def start_sandbox(self, request: SandboxRequest) -> SandboxRef:
+        """Start or find a session under this process's lease, without waiting until it is ready.
+
+        Raises:
+            SandboxLimitError: when ``max_sessions`` live already.
+            NoMatchingOfferError: when no node can ever run it.
+        """
+        raise self._no_sandboxes()
+
+    def attach_sandbox(self, handle: SandboxHandle) -> SandboxRef:
+        """Reach a live session, under a lease unless it is named; ``spec_digest`` may be empty.
+
+        Raises:
+            SandboxSessionNotFoundError: when it does not live.
+        """
+        raise self._no_sandboxes()
+
+    def find_sandbox_spec(self, digest: str) -> SandboxSpec | None:
+        """Give the version of a definition that a session runs, or None."""
+        raise self._no_sandboxes()
+
+    def list_sandboxes(
+        self, app: str | None = None, sandbox: str | None = None
+    ) -> list[SandboxSessionInfo]:
+        """List live sessions."""
+        raise self._no_sandboxes()
+
+    def _no_sandboxes(self) -> UsageError:
+        return UsageError(
+            f"{type(self).__name__} runs no sandboxes. Use Sandbox.local() for a session on this "
+            f"machine, or an engine that has them."
+        )
+
+    def offers_table(self) -> str:
+        """List the kinds of nodes that there are or could be started, as a table for people."""
+        return self._no_offers()
+
+    def register_node_types(self, node_types: Sequence[NodeType]) -> None:
+        """Make node types known that could be started; one of the same name is replaced."""
+        self._no_offers()
+
+    def list_node_types(self) -> list[NodeType]:
+        """List the registered node types."""
+        return self._no_offers()
+
+    def unregister_node_type(self, name: str) -> bool:
+        """Forget a registered node type; False when there is none of this name."""
+        return self._no_offers()
+
+    def _no_offers(self) -> NoReturn:
+        raise UsageError(
+            f"{type(self).__name__} has no nodes to choose from, so that it knows no offers. Connect to "
+            f"a Ray cluster with base_url."
+        )
 
     @abstractmethod
     def disconnect(self) -> None:

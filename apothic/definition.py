@@ -8,6 +8,7 @@ from typing import Any
 
 from apothic.decorators import mark_of
 from apothic.errors import ArgumentError, DefinitionError
+from apothic.packing import default_text
 from apothic.values import MethodInfo, MethodKind, ParameterInfo
 
 __all__ = [
@@ -198,19 +199,13 @@ def parameter_infos(signature: inspect.Signature) -> tuple[ParameterInfo, ...]:
         ParameterInfo(
             name=parameter.name,
             kind=parameter.kind.name,
-            default=None if parameter.default is parameter.empty else _stable_repr(parameter),
+            default=None if parameter.default is parameter.empty else default_text(parameter),
             annotation=None
             if parameter.annotation is parameter.empty
             else _annotation_text(parameter.annotation),
         )
         for parameter in signature.parameters.values()
     )
-
-
-def _stable_repr(parameter: inspect.Parameter) -> str:
-    # An address in a default repr would make each process's spec differ; the type says enough.
-    text = repr(parameter.default)
-    return f"<{type(parameter.default).__qualname__}>" if " at 0x" in text else text
 
 
 def _annotation_text(annotation: object) -> str:

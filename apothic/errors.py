@@ -15,6 +15,7 @@
     │   ├── SandboxNotFoundError
     │   ├── MethodNotFoundError (AttributeError)
     │   ├── InstanceNotFoundError
+    │   ├── SandboxSessionNotFoundError
     │   ├── SecretNotFoundError
     │   └── VolumeNotFoundError
     ├── ConflictError                           the name is taken by something different
@@ -31,6 +32,25 @@
     │   ├── InstanceStartError                  construction or an ``enter`` hook failed
     │   ├── InstanceLostError                   its process, node or cluster died
     │   └── InstanceClosedError                 it was closed
+    ├── SandboxError
+    │   ├── SandboxEngineError                  the Docker engine of a node could not do its part
+    │   │   └── SandboxNetworkError             it cannot enforce what ``network`` promises
+    │   ├── ImageNotFoundError (LookupError)    an image is neither on the node nor in a registry
+    │   ├── ImageBuildError                     a step of an image failed
+    │   ├── SandboxStartError                   a session could not be opened
+    │   ├── SandboxLimitError                   as many sessions live as the definition allows
+    │   ├── SandboxClosedError                  the session was closed
+    │   ├── SandboxLostError                    its container, engine, process or node died
+    │   ├── ExecTimeoutError (TimeoutError)     an exec ran longer than its ``timeout_s``
+    │   ├── ExecStartError (OSError)            a program could not be started at all
+    │   ├── SandboxExecError                    `SandboxExecResult.check`: the program failed
+    │   └── SandboxFileError (OSError)          a path that cannot be used, with ``errno``
+    │       ├── SandboxFileNotFoundError (FileNotFoundError)
+    │       ├── SandboxFileExistsError (FileExistsError)
+    │       ├── SandboxIsADirectoryError (IsADirectoryError)
+    │       ├── SandboxNotADirectoryError (NotADirectoryError)
+    │       ├── SandboxPermissionError (PermissionError)
+    │       └── SandboxNoSpaceError             the disk or the quota is full
     └── CallError
         ├── RemoteError                         user code failed with an error that cannot travel
         ├── FunctionTimeoutError (TimeoutError) the call ran longer than its ``timeout_s``
@@ -45,6 +65,11 @@ arrive as themselves, with a `RemoteTraceback` as their ``__cause__``.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from apothic.sandbox_values import SandboxExecResult
+
 __all__ = [
     "ApothicError",
     "AppNotFoundError",
@@ -58,8 +83,12 @@ __all__ = [
     "ConnectionFailedError",
     "DefinitionError",
     "EnvironmentSetupError",
+    "ExecStartError",
+    "ExecTimeoutError",
     "FunctionTimeoutError",
     "HandleError",
+    "ImageBuildError",
+    "ImageNotFoundError",
     "InstanceClosedError",
     "InstanceError",
     "InstanceLostError",
@@ -75,7 +104,23 @@ __all__ = [
     "PlacementTimeoutError",
     "RemoteError",
     "RemoteTraceback",
+    "SandboxClosedError",
+    "SandboxEngineError",
+    "SandboxError",
+    "SandboxExecError",
+    "SandboxFileError",
+    "SandboxFileExistsError",
+    "SandboxFileNotFoundError",
+    "SandboxIsADirectoryError",
+    "SandboxLimitError",
+    "SandboxLostError",
+    "SandboxNetworkError",
+    "SandboxNoSpaceError",
+    "SandboxNotADirectoryError",
     "SandboxNotFoundError",
+    "SandboxPermissionError",
+    "SandboxSessionNotFoundError",
+    "SandboxStartError",
     "SecretNotFoundError",
     "SerializationError",
     "UsageError",
@@ -91,7 +136,8 @@ def _rebuild(
     """Make the error again without its constructor, whose parameters may differ from ``args``."""
     error = cls.__new__(cls, *args)
     error.args = args
-    error.__dict__.update(state)
+    for name, value in state.items():
+        setattr(error, name, value)
     return error
 
 
@@ -101,8 +147,15 @@ class ApothicError(Exception):
     def __reduce__(
         self,
     ) -> tuple[object, tuple[type[ApothicError], tuple[object, ...], dict[str, object]]]:
-        """Keep every attribute through pickling."""
-        return _rebuild, (type(self), self.args, dict(self.__dict__))
+        """Keep every attribute through pickling; those of `OSError` are no part of the dict."""
+        state = dict(self.__dict__)
+        if isinstance(self, OSError):
+            state |= {
+                name: getattr(self, name)
+                for name in ("errno", "strerror", "filename")
+                if getattr(self, name) is not None
+            }
+        return _rebuild, (type(self), self.args, state)
 
 
 class InvalidOptionError(ApothicError, ValueError):
@@ -151,6 +204,10 @@ class MethodNotFoundError(NotFoundError, AttributeError):
 
 class InstanceNotFoundError(NotFoundError):
     """No live instance answers to this handle or id."""
+
+
+class SandboxSessionNotFoundError(NotFoundError):
+    """No live session answers to this handle or id."""
 
 
 class SecretNotFoundError(NotFoundError):
@@ -215,6 +272,142 @@ class InstanceLostError(InstanceError):
 
 class InstanceClosedError(InstanceError):
     """The instance was closed, by this process or by another."""
+
+
+class SandboxError(ApothicError):
+    """Something happened to a sandbox session or inside one."""
+
+
+class SandboxEngineError(SandboxError):
+    """The node's Docker engine is missing, refuses, does not answer, or could not do its part."""
+
+
+class SandboxNetworkError(SandboxEngineError):
+    """The node's engine cannot enforce what the sandbox's ``network`` promises; it was not started."""
+
+
+class ImageNotFoundError(SandboxError, LookupError):
+    """An image is not on the node and could not be pulled."""
+
+
+class ImageBuildError(SandboxError):
+    """A step of an image failed.
+
+    Attributes:
+        step: the Dockerfile instruction that failed, or an empty string when none had begun.
+        log: the end of the build's output.
+    """
+
+    def __init__(self, message: str, step: str = "", log: str = "") -> None:
+        """Keep the step and the log beside the message, which holds both."""
+        super().__init__(message)
+        self.step = step
+        self.log = log
+
+
+class SandboxStartError(SandboxError):
+    """A session could not be opened; nothing of it is left."""
+
+
+class SandboxLimitError(SandboxError):
+    """As many sessions live as ``max_containers`` × ``tasks_per_container`` allows."""
+
+
+class SandboxClosedError(SandboxError):
+    """The session was closed, by this process or by another."""
+
+
+class SandboxLostError(SandboxError):
+    """The session's container, engine, process or node died, or its memory ran out."""
+
+
+class ExecTimeoutError(SandboxError, TimeoutError):
+    """An exec ran longer than its ``timeout_s``; all that it had started is dead.
+
+    Attributes:
+        result: the `apothic.SandboxExecResult` with the output up to then.
+    """
+
+    def __init__(self, message: str, result: SandboxExecResult | None = None) -> None:
+        """Keep the partial result beside the message."""
+        super().__init__(message)
+        self.result = result
+
+    def __str__(self) -> str:
+        """Give the message."""
+        return Exception.__str__(self)
+
+
+class ExecStartError(SandboxError, OSError):
+    """A program could not be started: its arguments are too long or its user unknown.
+
+    A program that is missing or not executable is no error: its exec ends with 127 or 126.
+    """
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        """Keep the error number beside the message."""
+        super().__init__(message)
+        self.errno = errno
+
+    def __str__(self) -> str:
+        """Give the message."""
+        return Exception.__str__(self)
+
+
+class SandboxExecError(SandboxError):
+    """`apothic.SandboxExecResult.check` found a program that did not end with 0.
+
+    Attributes:
+        result: the `apothic.SandboxExecResult`.
+    """
+
+    def __init__(self, message: str, result: SandboxExecResult | None = None) -> None:
+        """Keep the result beside the message."""
+        super().__init__(message)
+        self.result = result
+
+
+class SandboxFileError(SandboxError, OSError):
+    """A path in a sandbox cannot be used.
+
+    Attributes:
+        errno: the number, as in the module `errno`.
+        filename: the absolute path.
+    """
+
+    def __init__(self, message: str, errno: int | None = None, path: str | None = None) -> None:
+        """Keep number and path beside the message, which holds the path as well."""
+        super().__init__(message)
+        self.errno = errno
+        self.filename = path
+
+    def __str__(self) -> str:
+        """Give the message."""
+        return Exception.__str__(self)
+
+
+class SandboxFileNotFoundError(SandboxFileError, FileNotFoundError):
+    """There is no such file or directory."""
+
+
+class SandboxFileExistsError(SandboxFileError, FileExistsError):
+    """There is something of this name already."""
+
+
+class SandboxIsADirectoryError(SandboxFileError, IsADirectoryError):
+    """A file is wanted, this is a directory."""
+
+
+class SandboxNotADirectoryError(SandboxFileError, NotADirectoryError):
+    """A directory is wanted, this, or something on the way to it, is none."""
+
+
+class SandboxPermissionError(SandboxFileError, PermissionError):
+    """The session's user may not do this."""
+
+
+class SandboxNoSpaceError(SandboxFileError):
+    """The disk, or the quota on it, is full."""
 
 
 class CallError(ApothicError):

@@ -1,4 +1,4 @@
-"""`ClassOptions`: everything `@app.cls` takes, checked once, where it is written."""
+"""`ClassOptions`: what `@app.cls` and `app.sandbox` take, checked once, where it is written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from apothic.image import Image
 from apothic.names import check_env_name
 from apothic.retries import Retries
 from apothic.secret import Secret
+from apothic.values import Network
 from apothic.volume import StorageMount, mounts_from
 
-__all__ = ["ClassOptions", "MountSpec", "check_count", "check_seconds"]
+__all__ = ["ClassOptions", "MountSpec", "check_count", "check_network", "check_seconds"]
 
 
 class MountSpec(BaseModel):
@@ -32,7 +33,7 @@ class MountSpec(BaseModel):
 
 
 class ClassOptions(BaseModel):
-    """Checked options of a class, JSON-able; secrets are names here, never values.
+    """Checked options of a class or sandbox, JSON-able; secrets are names here, never values.
 
     Attributes:
         cpu: CPU cores per container.
@@ -180,6 +181,22 @@ def check_count(name: str, value: object, low: int, remedy: str = "") -> int:
             f"{remedy or f'Use {low} for the least.'}"
         )
     return value
+
+
+def check_network(value: object) -> Network:
+    """Return a sandbox's ``network``.
+
+    Raises:
+        InvalidOptionError: when it is neither ``none`` nor ``internet``.
+    """
+    if value == "none":
+        return "none"
+    if value == "internet":
+        return "internet"
+    raise InvalidOptionError(
+        f"network={value!r} is not valid: it is 'none', which reaches nothing, or 'internet', which "
+        f"reaches the public internet and no private network. Choose one."
+    )
 
 
 def check_seconds(name: str, value: object) -> float:

@@ -8,6 +8,7 @@ every process, which makes redeploying idempotent and keeps a class's identity o
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import io
@@ -29,7 +30,15 @@ from cloudpickle import cloudpickle as internals
 
 from apothic.errors import SerializationError
 
-__all__ = ["arguments_digest", "dumps", "loads", "local_modules", "pack_class", "sources_of"]
+__all__ = [
+    "arguments_digest",
+    "default_text",
+    "dumps",
+    "loads",
+    "local_modules",
+    "pack_class",
+    "sources_of",
+]
 
 _OURS = ("apothic", "ray_backend")
 
@@ -313,17 +322,37 @@ def loads(data: bytes) -> Any:
 def arguments_digest(arguments: inspect.BoundArguments) -> str:
     """Name constructor arguments: equal ones have equal digests in every process.
 
-    Defaults count as given. Containers are compared by content whatever their order of insertion;
-    other objects by their pickles.
+    Defaults count as given. A process that looked the class up knows them by their text only, so
+    that is what counts where it is no literal. Containers are compared by content whatever their
+    order of insertion; other objects by their pickles.
 
     Raises:
         SerializationError: when an argument cannot be pickled.
     """
-    arguments.apply_defaults()
     digest = hashlib.sha256()
-    for name, value in arguments.arguments.items():
-        digest.update(name.encode() + b"\0" + _canonical(value) + b"\0")
+    for name, parameter in arguments.signature.parameters.items():
+        if name in arguments.arguments:
+            content = _canonical(arguments.arguments[name])
+        elif parameter.default is parameter.empty:
+            continue  # no more positional or keyword arguments
+        else:
+            content = _canonical_default(default_text(parameter))
+        digest.update(name.encode() + b"\0" + content + b"\0")
     return digest.hexdigest()
+
+
+def default_text(parameter: inspect.Parameter) -> str:
+    """Write a parameter's default down: its ``repr``, the same in every process."""
+    # An address in a default repr would make each process's spec differ; the type says enough.
+    text = repr(parameter.default)
+    return f"<{type(parameter.default).__qualname__}>" if " at 0x" in text else text
+
+
+def _canonical_default(text: str) -> bytes:
+    try:
+        return _canonical(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        return b"default:" + text.encode()
 
 
 def _canonical(value: object) -> bytes:

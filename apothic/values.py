@@ -21,24 +21,33 @@ __all__ = [
     "ClassInstanceHandle",
     "ClassSpec",
     "CloseReport",
+    "Handle",
     "HookResult",
     "InstanceInfo",
     "InstanceState",
     "MethodInfo",
     "MethodKind",
+    "Network",
     "ParameterInfo",
+    "SandboxSpec",
+    "Value",
     "digest_of",
 ]
 
 MethodKind = Literal["sync", "async", "generator", "async_generator"]
 """How a method runs: a plain function, a coroutine function, or one that yields either way."""
 
+Network = Literal["none", "internet"]
+"""What a sandbox reaches: nothing, or the public internet but no private network."""
 
-class _Value(BaseModel):
+
+class Value(BaseModel):
+    """A frozen value; what it does not know is refused."""
+
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
 
-class ParameterInfo(_Value):
+class ParameterInfo(Value):
     """One parameter of a constructor or method, as text, so that it needs none of its types.
 
     Attributes:
@@ -59,7 +68,7 @@ class ParameterInfo(_Value):
         return self.default is None and not self.kind.startswith("VAR_")
 
 
-class MethodInfo(_Value):
+class MethodInfo(Value):
     """One remote method of a class.
 
     Attributes:
@@ -84,7 +93,7 @@ class MethodInfo(_Value):
         return self.kind in ("generator", "async_generator")
 
 
-class ClassSpec(_Value):
+class ClassSpec(Value):
     """A class as the cluster knows it: everything but the code, which ``blob_digest`` names.
 
     Attributes:
@@ -115,7 +124,29 @@ class ClassSpec(_Value):
         return any(m.kind in ("async", "async_generator") for m in self.methods)
 
 
-class AppManifest(_Value):
+class SandboxSpec(Value):
+    """A sandbox definition as the cluster knows it.
+
+    Attributes:
+        options: `ClassOptions` as JSON; the engine reads it, this module need not import it.
+        network: what a session reaches: nothing, or the public internet.
+    """
+
+    schema_version: Literal[1] = 1
+    app: str
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    network: Network = "none"
+    tags: tuple[str, ...] = ()
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Name this exact version of the definition; equal content has an equal digest."""
+        return digest_of(self.model_dump(mode="json"))
+
+
+class AppManifest(Value):
     """What a deployed app holds.
 
     Attributes:
@@ -125,6 +156,7 @@ class AppManifest(_Value):
     schema_version: Literal[1] = 1
     name: str
     classes: dict[str, ClassSpec] = Field(default_factory=dict)
+    sandboxes: dict[str, SandboxSpec] = Field(default_factory=dict)
 
     @property
     def deployment_id(self) -> str:
@@ -132,25 +164,8 @@ class AppManifest(_Value):
         return "dep-" + digest_of(self.model_dump(mode="json"))[:16]
 
 
-class ClassInstanceHandle(_Value):
-    """Where a live instance is: what `Cls.attach` takes, as an object, a dict or a JSON string.
-
-    Attributes:
-        cluster_id: the cluster that runs it.
-        app: the app's name.
-        cls: the class's name.
-        instance_id: its id within the class.
-        spec_digest: the version of the class that it runs.
-        named: whether it lives until closed, or while someone leases it.
-    """
-
-    schema_version: Literal[1] = 1
-    cluster_id: str
-    app: str
-    cls: str
-    instance_id: str
-    spec_digest: str
-    named: bool
+class Handle(Value):
+    """What names something that lives, as an object, a dict or a JSON string."""
 
     @classmethod
     def parse(cls, handle: Self | dict[str, Any] | str) -> Self:
@@ -179,7 +194,28 @@ class ClassInstanceHandle(_Value):
         )
 
 
-class ClassInfo(_Value):
+class ClassInstanceHandle(Handle):
+    """Where a live instance is: what `Cls.attach` takes, as an object, a dict or a JSON string.
+
+    Attributes:
+        cluster_id: the cluster that runs it.
+        app: the app's name.
+        cls: the class's name.
+        instance_id: its id within the class.
+        spec_digest: the version of the class that it runs.
+        named: whether it lives until closed, or while someone leases it.
+    """
+
+    schema_version: Literal[1] = 1
+    cluster_id: str
+    app: str
+    cls: str
+    instance_id: str
+    spec_digest: str
+    named: bool
+
+
+class ClassInfo(Value):
     """What `Cls.inspect` tells of a class.
 
     Attributes:
@@ -205,7 +241,7 @@ class ClassInfo(_Value):
 InstanceState = Literal["new", "starting", "ready", "failed", "closing", "closed", "lost"]
 
 
-class InstanceInfo(_Value):
+class InstanceInfo(Value):
     """What `ClassInstance.inspect` tells of a live instance.
 
     Attributes:
@@ -236,7 +272,7 @@ class InstanceInfo(_Value):
     arguments_digest: str | None = None
 
 
-class HookResult(_Value):
+class HookResult(Value):
     """One exit hook that ran: its name, how long it took and, if it failed, how.
 
     Attributes:
@@ -250,7 +286,7 @@ class HookResult(_Value):
     traceback: str | None = None
 
 
-class CloseReport(_Value):
+class CloseReport(Value):
     """What closing an instance did.
 
     Attributes:

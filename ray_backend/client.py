@@ -8,7 +8,7 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from apothic.errors import (
     InstanceNotFoundError,
 )
 from apothic.names import actor_name
+from apothic.node_types import NodeType
 from apothic.options import ClassOptions
 from apothic.values import (
     AppManifest,
@@ -29,18 +30,20 @@ from apothic.values import (
     ClassSpec,
     CloseReport,
     InstanceInfo,
+    SandboxSpec,
 )
 from apothic.volume import StorageMount
 from ray_backend import ray_api, volumes
 from ray_backend.actors.loading import share_class_identities
 from ray_backend.connection import ensure_connected
 from ray_backend.instances import RayInstance
-from ray_backend.launch import launch
+from ray_backend.launch import Launched, launch
 from ray_backend.leases import PINNED
-from ray_backend.manager import instance_names
+from ray_backend.manager import instance_names, remove_actor
 from ray_backend.manager_link import ManagerLink
 from ray_backend.names import NAMESPACE
-from ray_backend.placement.live import explain_on_cluster
+from ray_backend.placement.catalogue import Catalogue
+from ray_backend.placement.live import ClusterView, Placeable, explain, offers_table
 from ray_backend.readiness import STOPPING_WAIT_S, wait_ready
 from ray_backend.registry import Registry
 from ray_backend.translate import translate
@@ -54,6 +57,9 @@ EXIT_WAIT_S = 60.0
 
 SUCCESSOR_WAIT_S = 15.0
 """Seconds to wait for the process after one that hung, which says what became of its calls."""
+
+REVIVAL_WAIT_S = 5.0
+"""Seconds to wait for an instance that is made again because its nodes are gone."""
 
 _lock = threading.Lock()
 _client: RayClient | None = None
@@ -83,8 +89,9 @@ class RayClient(ControlPlaneClient):
         share_class_identities()
         self._job_id = job_id
         self._worker = _connection_identity()
-        self._registry = Registry()
-        self._cluster_id = self._registry.cluster_id()
+        self.registry = Registry()
+        self._catalogue = Catalogue(self.registry)
+        self._cluster_id = self.registry.cluster_id()
         self.holder = self._find_holder()
         self._own_cluster = ray_api.is_own_cluster()
         self.manager = ManagerLink()
@@ -130,7 +137,7 @@ class RayClient(ControlPlaneClient):
         for spec in manifest.classes.values():
             digests.append(self._store(spec, lambda: blobs))
         record = {"manifest": manifest.model_dump(mode="json"), "spec_digests": digests}
-        self._registry.put_app(manifest.name, json.dumps(record))
+        self.registry.put_app(manifest.name, json.dumps(record))
         if close_outdated:
             current = set(digests)
             outdated = [
@@ -144,7 +151,7 @@ class RayClient(ControlPlaneClient):
 
     def find_app(self, name: str) -> AppManifest:
         """Read a deployed app's manifest."""
-        found = self._registry.get_app(name)
+        found = self.registry.get_app(name)
         if found is None:
             known = ", ".join(self.list_apps()) or "none"
             raise AppNotFoundError(
@@ -155,16 +162,44 @@ class RayClient(ControlPlaneClient):
 
     def list_apps(self) -> list[str]:
         """Name the deployed apps."""
-        return self._registry.list_apps()
+        return self.registry.list_apps()
 
     def find_spec(self, digest: str) -> ClassSpec | None:
         """Read a class spec."""
-        found = self._registry.get_spec(digest)
+        found = self.registry.get_spec(digest)
         return None if found is None else ClassSpec.model_validate_json(found)
 
-    def explain(self, spec: ClassSpec) -> str:
+    def explain(self, spec: ClassSpec | SandboxSpec) -> str:
         """Tell where an instance could run."""
-        return explain_on_cluster(ClassOptions.model_validate(spec.options))
+        return self.explain_options(ClassOptions.model_validate(spec.options))
+
+    def explain_options(self, wanted: Placeable) -> str:
+        """Tell where something with these options could run, of a class or of a sandbox."""
+        return explain(self.view(), wanted)
+
+    def view(self) -> ClusterView:
+        """Look at the cluster: its nodes, what is free on them, what the autoscaler could start."""
+        if self.is_proxy:
+            available = self.manager.ask(lambda manager: manager.free_resources.remote())
+        else:
+            available = ray_api.free_resources()
+        return ClusterView(ray_api.live_nodes(), available, self._catalogue.offers())
+
+    def offers_table(self) -> str:
+        """List the kinds of nodes that there are or could be started."""
+        return offers_table(self.view())
+
+    def register_node_types(self, node_types: Sequence[NodeType]) -> None:
+        """Make node types known that the autoscaler could start."""
+        self._catalogue.register(node_types)
+
+    def list_node_types(self) -> list[NodeType]:
+        """List the registered node types."""
+        return self._catalogue.node_types()
+
+    def unregister_node_type(self, name: str) -> bool:
+        """Forget a registered node type."""
+        return self._catalogue.unregister(name)
 
     # -- instances -------------------------------------------------------------------------------
 
@@ -193,7 +228,7 @@ class RayClient(ControlPlaneClient):
                 )
             time.sleep(0.01)
         try:
-            actor = launch(self._registry, request, name, digest)
+            launched = self._launch(request, name, digest)
         except BaseException:
             if not self._actor_exists(name):
                 self.manager.ask(lambda manager: manager.forget.remote(name))
@@ -206,9 +241,36 @@ class RayClient(ControlPlaneClient):
             spec_digest=digest,
             named=request.named,
         )
-        instance = RayInstance(self, handle, actor, ready=False)
+        instance = RayInstance(self, handle, launched.actor, ready=False)
         instance.request = request
+        instance.placement = launched.placement
         return instance
+
+    def move(self, instance: RayInstance) -> bool:
+        """Replace an instance that still waits for room by one that asks for what is free now.
+
+        Only for one that this process made. Its name and its lease stay; False when it has its room
+        by now, or is being stopped.
+
+        Raises:
+            NoMatchingOfferError: when nothing can run it any more; then it is gone.
+        """
+        request = instance.request
+        assert request is not None
+        assert instance.placement is not None
+        name, actor_id = self._name(instance.handle), instance.native._actor_id.hex()
+        if not self.manager.ask(lambda manager: manager.begin_move.remote(name, actor_id)):
+            return False
+        try:
+            launched = self._launch(request, name, instance.handle.spec_digest)
+        except BaseException:
+            self.manager.ask(lambda manager: manager.forget.remote(name))
+            raise
+        if not self.manager.ask(lambda manager: manager.end_move.remote(name)):
+            remove_actor(name)
+            return False
+        instance.follow(launched.actor, launched.placement)
+        return True
 
     def attach(self, handle: ClassInstanceHandle) -> InstanceRef:
         """Reach a live instance."""
@@ -221,7 +283,7 @@ class RayClient(ControlPlaneClient):
             actor = ray.get_actor(name, namespace=NAMESPACE)
         except ValueError:
             raise gone from None
-        lease = self._registry.get_lease(name)
+        lease = self.registry.get_lease(name)
         if lease is None:
             raise gone
         if not lease["named"]:
@@ -233,13 +295,29 @@ class RayClient(ControlPlaneClient):
         )
         return RayInstance(self, handle, actor, ready=False)
 
+    def find_successor(self, handle: ClassInstanceHandle, actor_id: str) -> Any:
+        """Find the actor that took the place of a dead one of this name; None if none does.
+
+        One that the manager can make again on another node is waited for, for a few seconds.
+        """
+        name = self._name(handle)
+        deadline = time.monotonic() + REVIVAL_WAIT_S
+        while True:
+            with contextlib.suppress(ValueError):
+                actor = ray.get_actor(name, namespace=NAMESPACE)
+                if actor._actor_id.hex() != actor_id:
+                    return actor
+            if time.monotonic() > deadline or not self.registry.has_revival(name):
+                return None
+            time.sleep(0.02)
+
     def wait_ready(self, instance: RayInstance) -> None:
         """Wait for ``enter``; what cannot become ready is removed before the error is raised."""
         wait_ready(self, instance)
 
     def died_at_start(self, instance: RayInstance) -> bool:
         """Tell whether an instance that lost its process had never been ready."""
-        record = self._registry.start_record(self._name(instance.handle))
+        record = self.registry.start_record(self._name(instance.handle))
         return bool(record.begun) and not record.was_ready
 
     def inspect_instance(self, handle: ClassInstanceHandle, actor: Any, label: str) -> InstanceInfo:
@@ -300,13 +378,13 @@ class RayClient(ControlPlaneClient):
         A process that hung with the interpreter lock could leave none; its successor does. For a call
         that is ``overdue`` this waits until the successor is there, or none is coming.
         """
-        found = self._registry.take_timeout(task_id)
+        found = self.registry.take_timeout(task_id)
         if found is not None or not overdue or self.is_proxy:
             return found
         began = time.monotonic()
         while time.monotonic() - began < SUCCESSOR_WAIT_S:
             state = ray_api.actor_record(actor_id).get("State")
-            found = self._registry.take_timeout(task_id)
+            found = self.registry.take_timeout(task_id)
             # Its death may be news to the GCS: for a moment it still says ALIVE.
             settled = state == "ALIVE" and time.monotonic() - began > 1.0
             if found is not None or settled or state not in ("ALIVE", "RESTARTING"):
@@ -318,27 +396,27 @@ class RayClient(ControlPlaneClient):
 
     def put_secret(self, name: str, variables: Mapping[str, str], *, overwrite: bool) -> bool:
         """Store a secret in the registry."""
-        return self._registry.put_secret(name, variables, overwrite=overwrite)
+        return self.registry.put_secret(name, variables, overwrite=overwrite)
 
     def list_secrets(self) -> list[str]:
         """Name the stored secrets."""
-        return self._registry.list_secrets()
+        return self.registry.list_secrets()
 
     def delete_secret(self, name: str) -> bool:
         """Remove a secret."""
-        return self._registry.delete_secret(name)
+        return self.registry.delete_secret(name)
 
     def ensure_volume(self, volume: StorageMount) -> None:
         """Record a volume, or check that the recorded one is the same."""
-        volumes.ensure(self._registry, volume)
+        volumes.ensure(self.registry, volume)
 
     def list_volumes(self) -> list[StorageMount]:
         """List recorded volumes."""
-        return volumes.list_all(self._registry)
+        return volumes.list_all(self.registry)
 
     def delete_volume(self, name: str) -> bool:
         """Remove a volume and its files."""
-        return volumes.delete(self._registry, name)
+        return volumes.delete(self.registry, name)
 
     # -- end -------------------------------------------------------------------------------------
 
@@ -361,6 +439,9 @@ class RayClient(ControlPlaneClient):
 
     # -- inside ----------------------------------------------------------------------------------
 
+    def _launch(self, request: StartRequest, name: str, digest: str) -> Launched:
+        return launch(self.registry, request, name, digest, self.view)
+
     @staticmethod
     def _name(handle: ClassInstanceHandle) -> str:
         return actor_name(handle.app, handle.cls, handle.instance_id)
@@ -375,10 +456,10 @@ class RayClient(ControlPlaneClient):
 
     def _store(self, spec: ClassSpec, blobs: Callable[[], Mapping[str, bytes]]) -> str:
         digest = spec.digest
-        if self._registry.get_spec(digest) is None:
+        if self.registry.get_spec(digest) is None:
             for key, content in blobs().items():
-                self._registry.put_blob(key, content)
-            self._registry.put_spec(digest, spec.model_dump_json())
+                self.registry.put_blob(key, content)
+            self.registry.put_spec(digest, spec.model_dump_json())
         return digest
 
 

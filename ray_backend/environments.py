@@ -12,6 +12,7 @@ import ray
 
 from apothic.errors import EnvironmentSetupError
 from apothic.image import Image
+from ray_backend.dockerfile import dockerfile_of
 
 __all__ = ["Environment", "compile_image"]
 
@@ -93,38 +94,6 @@ def _check_python(wanted: str | None) -> None:
             f"Image.debian_slim(python_version={wanted!r}): the cluster runs Python {here}, and Ray "
             f"needs the same one everywhere. Leave python_version out, or run a cluster on {wanted}."
         )
-
-
-def dockerfile_of(image: Image) -> str:
-    """Write a recipe's container steps as a Dockerfile; files and variables are set at run time."""
-    version = image.python_version or "3.11"
-    lines = [f"FROM {image.base or f'python:{version}-slim'}"]
-    for step in image.steps:
-        if step.kind == "apt":
-            names = " ".join(step.values)
-            lines.append(
-                f"RUN apt-get update && apt-get install -y --no-install-recommends {names} "
-                f"&& rm -rf /var/lib/apt/lists/*"
-            )
-        elif step.kind == "run":
-            lines.extend(f"RUN {command}" for command in step.values)
-        elif step.kind == "shell":
-            words = ", ".join(f'"{word}"' for word in step.values[0].split())
-            lines.append(f"SHELL [{words}]")
-        elif step.kind == "pip":
-            lines.append("RUN pip install --no-cache-dir " + " ".join(map(_quoted, step.values)))
-        elif step.kind == "uv":
-            lines.append("RUN pip install --no-cache-dir uv && uv pip install --system "
-                         + " ".join(map(_quoted, step.values)))  # fmt: skip
-        elif step.kind == "dockerfile":
-            lines.extend(step.values)
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(word: str) -> str:
-    import shlex
-
-    return shlex.quote(word)
 
 
 def missing_on_node(requirements: Sequence[str]) -> list[str]:

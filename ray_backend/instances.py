@@ -14,7 +14,7 @@ import ray
 from ray import exceptions as rays
 
 from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest
-from apothic.errors import SerializationError, UsageError
+from apothic.errors import InstanceLostError, SerializationError, UsageError
 from apothic.values import ClassInstanceHandle, CloseReport, InstanceInfo, MethodInfo
 from ray_backend.actors.compile import actor_method_name
 from ray_backend.actors.gate import ACK_EVERY, CONSUMER_KEY
@@ -23,6 +23,7 @@ from ray_backend.translate import translate, was_never_sent
 
 if TYPE_CHECKING:
     from ray_backend.client import RayClient
+    from ray_backend.placement.live import Placement
 
 __all__ = ["RayCall", "RayInstance", "RayStream"]
 
@@ -44,6 +45,7 @@ class RayInstance(InstanceRef):
         self._actor = actor
         self._ready = ready
         self.request: StartRequest | None = None
+        self.placement: Placement | None = None  # of an actor that this process made
         self.label = f"{handle.app}.{handle.cls} {handle.instance_id!r}"
         self._submitters: dict[str, Callable[..., Any]] = {}
 
@@ -67,14 +69,19 @@ class RayInstance(InstanceRef):
         """Submit a call; arguments go to Ray natively, so that large arrays are not copied."""
         if timeout_s is not None:
             kwargs = {**kwargs, TIMEOUT_KEY: timeout_s}
-        submitter = self._submitters.get(method.name)
-        if submitter is None:
-            submitter = getattr(self._actor, actor_method_name(method.name)).remote
-            self._submitters[method.name] = submitter
+        submitter = self.submitter(method.name)
         try:
-            return RayCall(self, submitter(*args, **kwargs), submitter, args, kwargs, timeout_s)
+            return RayCall(self, submitter(*args, **kwargs), method.name, args, kwargs, timeout_s)
         except (TypeError, pickle.PicklingError, AttributeError) as error:
             raise self._unserializable(method, args, kwargs, error) from error
+
+    def submitter(self, method: str) -> Callable[..., Any]:
+        """Give what sends a call of a method to the actor."""
+        found = self._submitters.get(method)
+        if found is None:
+            found = getattr(self._actor, actor_method_name(method)).remote
+            self._submitters[method] = found
+        return found
 
     def _unserializable(
         self, method: MethodInfo, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
@@ -120,7 +127,12 @@ class RayInstance(InstanceRef):
 
     def take_over(self, other: RayInstance) -> None:
         """Go on with another actor of the same name."""
-        self._actor = other.native
+        self.follow(other.native, other.placement)
+
+    def follow(self, actor: Any, placement: Placement | None) -> None:
+        """Go on with another actor; ``placement`` says where it was asked for, if we made it."""
+        self._actor = actor
+        self.placement = placement
         self._submitters.clear()
 
     def wait_ready(self) -> None:
@@ -150,6 +162,12 @@ class RayInstance(InstanceRef):
         self, error: BaseException, call: Submitted, waited_s: float | None = None
     ) -> BaseException:
         """Translate what a call raised; ``waited_s`` is what its caller was ready to wait."""
+        gone = isinstance(error, (rays.RayActorError, rays.ActorUnschedulableError))
+        if gone and not isinstance(error, rays.ActorUnavailableError) and self.follow_successor():
+            return InstanceLostError(
+                f"{self.label} lost its node and was made again on another; this call may or may not "
+                f"have had effects. Call again, or give the class retries=."
+            )
         return translate(error, self.label, lambda: self._timeout_word(call), waited_s)
 
     def _timeout_word(self, call: Submitted) -> str | None:
@@ -168,9 +186,21 @@ class RayInstance(InstanceRef):
         """Wait until an instance that is coming back answers again."""
         try:
             ray.get(self._actor.apothic_status.remote(), timeout=RESTART_S)
-        except rays.RayError as error:
-            if not isinstance(error, rays.ActorUnavailableError):
+        except rays.ActorUnavailableError:
+            pass
+        except (rays.RayActorError, rays.ActorUnschedulableError):
+            if not self.follow_successor():
                 raise
+
+    def follow_successor(self) -> bool:
+        """Go on with the actor that took a dead one's place on another node; False if none does."""
+        if not self._handle.named:
+            return False
+        found = self._client.find_successor(self._handle, self._actor._actor_id.hex())
+        if found is None:
+            return False
+        self.follow(found, None)
+        return True
 
 
 @dataclass(frozen=True)
@@ -185,13 +215,13 @@ class Submitted:
 class RayCall(CallRef):
     """One call: an ObjectRef, and what it takes to send it again if it never reached the actor."""
 
-    __slots__ = ("_args", "_instance", "_kwargs", "_ref", "_since", "_submitter", "_timeout_s")
+    __slots__ = ("_args", "_instance", "_kwargs", "_method", "_ref", "_since", "_timeout_s")
 
     def __init__(
         self,
         instance: RayInstance,
         ref: Any,
-        submitter: Callable[..., Any],
+        method: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         timeout_s: float | None,
@@ -201,7 +231,7 @@ class RayCall(CallRef):
         self._ref = ref
         self._timeout_s = timeout_s
         self._since = time.monotonic()
-        self._submitter = submitter
+        self._method = method
         # Kept only where they may be needed again: they can be large.
         again = instance.handle.named
         self._args: tuple[Any, ...] | None = args if again else None
@@ -231,7 +261,7 @@ class RayCall(CallRef):
                 self._instance.wait_for_restart()
                 assert self._args is not None
                 assert self._kwargs is not None
-                self._ref = self._submitter(*self._args, **self._kwargs)
+                self._ref = self._instance.submitter(self._method)(*self._args, **self._kwargs)
                 return ray.get(self._ref, timeout=timeout_s)
             except rays.RayError as error:
                 if not was_never_sent(error) or time.monotonic() > deadline:

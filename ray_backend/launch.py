@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import ray
+from ray.runtime_env import RuntimeEnv
 
 from apothic.backend import StartRequest
 from apothic.options import ClassOptions
@@ -12,35 +16,136 @@ from apothic.values import ClassSpec
 from apothic.volume import StorageMount
 from ray_backend import volumes
 from ray_backend.actors.compile import CONTROL_GROUP, CONTROL_THREADS, compile_actor
-from ray_backend.actors.host import InstancePlan
+from ray_backend.actors.plan import InstancePlan
 from ray_backend.environments import Environment, compile_image
 from ray_backend.names import NAMESPACE
-from ray_backend.placement.live import place_on_cluster
+from ray_backend.placement.live import ClusterView, Placement, place
+from ray_backend.ray_api import is_client_mode
 from ray_backend.registry import Registry
 
-__all__ = ["launch"]
+__all__ = ["Launched", "launch", "relaunch", "tied_nodes"]
 
 INLINE_BYTES = 64 * 1024
 """Constructor arguments up to this size go with the actor; Ray keeps larger ones in the creator's
 memory, and a restart after the creator's end would fail for ever. They go to the registry."""
 
+CREATION_ATTEMPTS = 10
+"""How often to try for a name that is taken by an actor which is gone when it is looked for."""
+
 _compiled: dict[str, Any] = {}
 _environments: dict[str, Environment] = {}
 
 
-def launch(registry: Registry, request: StartRequest, name: str, spec_digest: str) -> Any:
+class Launched(NamedTuple):
+    """An actor, and where it was asked for; None when it is one that somebody else made."""
+
+    actor: Any
+    placement: Placement | None
+
+
+def launch(
+    registry: Registry,
+    request: StartRequest,
+    name: str,
+    spec_digest: str,
+    view: Callable[[], ClusterView],
+) -> Launched:
     """Make the actor, or give the one of this name when the request reuses it.
+
+    Args:
+        registry: of the cluster.
+        request: what is wanted.
+        name: the actor's.
+        spec_digest: the class's.
+        view: gives the cluster as it is; asked only when an actor is to be made.
 
     Raises:
         NoMatchingOfferError: when no node can ever run it.
         EnvironmentSetupError: when no node can make its image.
         ConflictError: when a volume exists with another backend or size.
     """
+    if request.reuse:
+        found = _find(name)
+        if found is not None:
+            return Launched(found, None)
     spec = request.spec
     options = ClassOptions.model_validate(spec.options)
     environment = _environments.get(spec_digest)
     if environment is None:
         environment = _environments[spec_digest] = compile_image(options.image)
+    placement = place(view(), options, tied_nodes(registry, options))
+    plan = make_plan(request, name, spec_digest, options, environment)
+    if plan.arguments is None:
+        registry.put_blob(registry.arguments_key(name), request.arguments)
+    if request.named and not placement.is_free and placement.tied_to is None:
+        # Its restarts keep to what is asked for now; the manager asks anew when that is gone.
+        record = pickle.dumps((plan, spec.model_dump_json()))
+        registry.put_revival(name, record)
+    ray_options = _ray_options(name, options, placement)
+    if environment.runtime_env is not None:
+        ray_options["runtime_env"] = environment.runtime_env
+    make = _actor_class(spec, spec_digest, plan)
+    if is_client_mode():
+        # A proxy makes actors later, and does not tell who made one.
+        make = make.options(get_if_exists=request.reuse, **ray_options)
+        return Launched(make.remote(plan), None)
+    for attempt in range(CREATION_ATTEMPTS):
+        try:
+            return Launched(make.options(**ray_options).remote(plan), placement)
+        except ValueError:
+            # Somebody was quicker; we must know, since only who made an actor may move it.
+            found = _find(name) if request.reuse else None
+            if found is not None:
+                return Launched(found, None)
+            if not request.reuse or attempt == CREATION_ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def relaunch(
+    record: bytes, view: ClusterView, runtime_env: Mapping[str, Any] | None
+) -> tuple[Placement, Callable[[], None]]:
+    """Prepare to make a named actor again from what `launch` stored, where there is room now.
+
+    Args:
+        record: the stored one.
+        view: the cluster.
+        runtime_env: of the actor that it replaces; None takes that of the calling process.
+
+    Returns:
+        Where it would go, and what makes it.
+
+    Raises:
+        NoMatchingOfferError: when nothing can run it.
+    """
+    plan, text = pickle.loads(record)
+    spec = ClassSpec.model_validate_json(text)
+    options = ClassOptions.model_validate(spec.options)
+    placement = place(view, options)
+    ray_options = _ray_options(plan.actor_name, options, placement)
+    if runtime_env:
+        ray_options["runtime_env"] = RuntimeEnv.deserialize(json.dumps(dict(runtime_env)))
+
+    def make() -> None:
+        _actor_class(spec, plan.spec_digest, plan).options(**ray_options).remote(plan)
+
+    return placement, make
+
+
+def _ray_options(name: str, options: ClassOptions, placement: Placement) -> dict[str, Any]:
+    return {
+        **placement.ray_options(),
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "max_concurrency": options.concurrent_requests,
+    }
+
+
+def tied_nodes(registry: Registry, options: ClassOptions) -> list[str]:
+    """Record the volumes that a class mounts; name the nodes that its host-local ones are on."""
     nodes = set()
     for mount in options.mounts:
         volume = StorageMount(
@@ -49,22 +154,14 @@ def launch(registry: Registry, request: StartRequest, name: str, spec_digest: st
         node = volumes.prepare(registry, volume)
         if node is not None:
             nodes.add(node)
-    plan = make_plan(request, name, spec_digest, options, environment)
-    if plan.arguments is None:
-        registry.put_blob(registry.arguments_key(name), request.arguments)
-    ray_options: dict[str, Any] = {
-        **place_on_cluster(options, tied_to=sorted(nodes)),
-        "name": name,
-        "namespace": NAMESPACE,
-        "lifetime": "detached",
-        "get_if_exists": request.reuse,
-        "max_restarts": -1,
-        "max_task_retries": 0,
-        "max_concurrency": options.concurrent_requests,
-    }
-    if environment.runtime_env is not None:
-        ray_options["runtime_env"] = environment.runtime_env
-    return _actor_class(spec, spec_digest, plan).options(**ray_options).remote(plan)
+    return sorted(nodes)
+
+
+def _find(name: str) -> Any:
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
 
 
 def _actor_class(spec: ClassSpec, spec_digest: str, plan: InstancePlan) -> Any:

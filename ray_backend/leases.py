@@ -110,6 +110,36 @@ class LeaseBook:
         with self._lock:
             self._stopping.add(name)
 
+    def pause(self, name: str) -> bool:
+        """Hold an instance's name back until `resume`, its lease kept; False where that cannot be.
+
+        Whoever asks for the name meanwhile waits as for one that is stopping. If who paused it dies,
+        its lease is dropped like one whose actor never came.
+        """
+        with self._lock:
+            if name in self._stopping or name not in self._leases:
+                return False
+            self._stopping.add(name)
+            self._seen[name] = self._clock()
+            return True
+
+    def resume(self, name: str) -> bool:
+        """Give a paused name free; False when its lease has ended meanwhile."""
+        with self._lock:
+            self._stopping.discard(name)
+            if name not in self._leases:
+                return False
+            self._seen[name] = self._clock()
+            return bool(self._leases[name]["holders"])
+
+    def keep(self, name: str) -> bool:
+        """Keep a lease whose actor is gone for now and will be made again; False if there is none."""
+        with self._lock:
+            if name in self._stopping or name not in self._leases:
+                return False
+            self._seen[name] = self._clock()
+            return True
+
     def forget(self, name: str) -> None:
         """Drop the lease of an instance that is gone."""
         with self._lock:

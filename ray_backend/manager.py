@@ -20,15 +20,18 @@ from ray_backend import ray_api
 from ray_backend.leases import LeaseBook
 from ray_backend.names import NAMESPACE, PROTOCOL_VERSION
 from ray_backend.registry import Registry
+from ray_backend.revival import Reviver
 
-__all__ = ["Manager", "instance_names", "stop_actor"]
+__all__ = ["Manager", "instance_names", "remove_actor", "stop_actor"]
 
 SWEEP_S = 0.5
+REVIVE_EVERY = 2
 SLOW_SWEEP_EVERY = 120
 STOP_THREADS = 16
 
 DRAIN_S = 10.0
 HOOKS_S = 30.0
+REMOVAL_S = 10.0
 
 _GONE: dict[str, Any] = {
     "closed": False,
@@ -45,6 +48,9 @@ class Manager:
         """Read the leases back and start to sweep."""
         self._registry = Registry()
         self._book = LeaseBook(self._registry, self)
+        self._reviver = Reviver(
+            self._registry, self._book, self.begin_move, self.end_move, remove_actor
+        )
         self._unused_specs: set[str] = set()
         self._unused_blobs: set[str] = set()
         self._stops = ThreadPoolExecutor(STOP_THREADS, thread_name_prefix="apothic-stop")
@@ -83,6 +89,29 @@ class Manager:
             return dict(_GONE)  # another took the name since, and the lease is that one's
         self._book.begin_stop(name)
         return self._stop(name)
+
+    def begin_move(self, name: str, actor_id: str) -> bool:
+        """Remove an actor that waits for room, so that another takes its name and lease.
+
+        Nobody else gets the name before `end_move`. False when there is nothing to move: the actor
+        has its room by now, is another one, or is being stopped.
+        """
+        if not self._book.pause(name):
+            return False
+        seat = ray_api.actor_seat(actor_id)
+        if seat is None or not seat.waits or actor_of(name) != actor_id:
+            self._book.resume(name)
+            return False
+        remove_actor(name)
+        return True
+
+    def end_move(self, name: str) -> bool:
+        """Give the name free; False when the instance was closed meanwhile, and must go."""
+        return self._book.resume(name)
+
+    def free_resources(self) -> dict[str, dict[str, float]]:
+        """Tell what is free on each node, to clients behind a proxy, which cannot see it."""
+        return ray_api.free_resources()
 
     def forget(self, name: str) -> None:
         """Drop the lease of an instance that was never made."""
@@ -133,6 +162,8 @@ class Manager:
             try:
                 for name in self._book.sweep():
                     self.stop(name)
+                if rounds % REVIVE_EVERY == 0:
+                    self._reviver.sweep(instance_names())
                 if rounds % SLOW_SWEEP_EVERY == 0:
                     self._sweep_store()
             except Exception:
@@ -177,7 +208,12 @@ def stop_actor(name: str, drain_s: float = DRAIN_S, hooks_s: float = HOOKS_S) ->
         actor = ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
         return dict(_GONE)
+    seat = ray_api.actor_seat(actor._actor_id.hex())
     report = dict(_GONE)
+    if seat is not None and seat.waits:
+        # No process of it runs, so that nothing would answer before there is room.
+        remove_actor(name)
+        return {**report, "closed": True, "note": "it had not started"}
     try:
         report = ray.get(
             actor.apothic_stop.remote(drain_s, hooks_s), timeout=drain_s + hooks_s + 15.0
@@ -186,11 +222,16 @@ def stop_actor(name: str, drain_s: float = DRAIN_S, hooks_s: float = HOOKS_S) ->
         report = {**_GONE, "closed": True, "note": "it did not answer and was killed"}
     except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
         pass
+    remove_actor(name)
+    return report
+
+
+def remove_actor(name: str) -> None:
+    """Kill the actor of a name for good, and wait until the name is free."""
     try:
-        ray.kill(actor, no_restart=True)
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
     except Exception:
-        return report
-    deadline = time.monotonic() + 10.0
+        return  # it is gone
+    deadline = time.monotonic() + REMOVAL_S
     while time.monotonic() < deadline and actor_of(name) is not None:
         time.sleep(0.002)
-    return report

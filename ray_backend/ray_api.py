@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray._private import state as _state
 from ray._private import worker as _worker
+from ray.core.generated import gcs_pb2 as _gcs_pb2
 
 __all__ = [
+    "ActorSeat",
     "actor_is_alive",
     "actor_record",
+    "actor_seat",
+    "actor_seats",
+    "free_resources",
     "is_client_mode",
     "is_own_cluster",
     "live_jobs",
@@ -20,6 +27,9 @@ __all__ = [
     "restart_count",
     "session_directory",
 ]
+
+
+_messages: Any = _gcs_pb2  # its names are made when it is imported
 
 
 def live_jobs() -> set[str]:
@@ -51,6 +61,87 @@ def live_nodes() -> list[dict[str, Any]]:
     """Give the nodes of the cluster as ``ray.nodes()`` does."""
     found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return found
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """Give what is free on each live node, by node id; some 20 ms old, used-up resources left out."""
+    found: dict[str, dict[str, float]] = _state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return found
+
+
+class ActorSeat(NamedTuple):
+    """Where an actor sits, or waits to.
+
+    Attributes:
+        actor_id: in hex.
+        name: empty when it has none.
+        namespace: of the name.
+        class_name: its class.
+        state: ``PENDING_CREATION``, ``ALIVE``, ``RESTARTING``, ``DEAD`` or ``DEPENDENCIES_UNREADY``.
+        node_id: the node that it is on or that it queues at, in hex; empty when there is none.
+        seated: whether that node has granted it a worker.
+        resources: what it takes.
+        label_selector: the labels that its node must have.
+        runtime_env: the runtime environment as Ray keeps it, all its parents' merged in.
+        unschedulable: it died because the node that it asked for is gone.
+        end_unix_ms: when it died; 0 while it has not.
+    """
+
+    actor_id: str
+    name: str
+    namespace: str
+    class_name: str
+    state: str
+    node_id: str
+    seated: bool
+    resources: Mapping[str, float]
+    label_selector: Mapping[str, str]
+    runtime_env: Mapping[str, Any]
+    unschedulable: bool
+    end_unix_ms: int
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has no worker yet: it queues, or its worker is being started."""
+        return self.state in ("PENDING_CREATION", "RESTARTING") and not self.seated
+
+
+def actor_seat(actor_id: str) -> ActorSeat | None:
+    """Give one actor's seat; None when the GCS knows no such actor."""
+    raw = _accessor().get_actor_info(ray.ActorID.from_hex(actor_id))
+    return None if raw is None else _seat(raw)
+
+
+def actor_seats(state: str | None = None) -> list[ActorSeat]:
+    """Give the seats of all actors, or of those in one state."""
+    return [_seat(raw) for raw in _accessor().get_actor_table(None, state)]
+
+
+def _accessor() -> Any:
+    state: Any = _state.state
+    if hasattr(state, "_connect_and_get_accessor"):
+        return state._connect_and_get_accessor()
+    state._check_connected()  # until Ray 2.5x
+    return state.global_state_accessor
+
+
+def _seat(raw: bytes) -> ActorSeat:
+    record: Any = _messages.ActorTableData.FromString(raw)
+    environment = json.loads(record.serialized_runtime_env or "{}")
+    return ActorSeat(
+        record.actor_id.hex(),
+        record.name,
+        record.ray_namespace,
+        record.class_name,
+        _messages.ActorTableData.ActorState.Name(record.state),
+        record.address.node_id.hex(),
+        bool(record.address.worker_id),
+        dict(record.required_resources),
+        dict(record.label_selector),
+        environment,
+        record.death_cause.HasField("actor_unschedulable_context"),
+        record.end_time,
+    )
 
 
 def restart_count(actor_id: str | None) -> int:

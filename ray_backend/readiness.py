@@ -1,7 +1,19 @@
-"""Waiting until an instance is ready: for room on a node, then for ``enter``."""
+"""Waiting until an instance is ready: for room on a node, then for ``enter``.
+
+An instance that waits for room is looked at every half second at first, then less often. While its own
+offer is full, so that it queues there, and another one that qualifies has room, it is taken back and
+asked for there, under the same name and lease:
+
+- after `MOVE_AFTER_S`, when the race for the room was lost, or a better one came free;
+- after `SETUP_WAIT_S`, doubled with each move, when its node may have given it its room already and is
+  preparing the runtime environment or starting the process, which look the same.
+
+Only the process that made an instance moves it.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -16,10 +28,17 @@ from apothic.errors import (
     InstanceClosedError,
     InstanceLostError,
     InstanceStartError,
+    InvalidOptionError,
+    NoMatchingOfferError,
+    PlacementError,
     PlacementTimeoutError,
 )
+from apothic.options import ClassOptions
 from ray_backend import ray_api
-from ray_backend.translate import failure_inside, translate
+from ray_backend.launch import tied_nodes
+from ray_backend.placement.live import ClusterView, Placement, place
+from ray_backend.placement.seats import holders, may_be_starting
+from ray_backend.translate import failure_inside, translate, was_never_sent
 
 if TYPE_CHECKING:
     from ray_backend.client import RayClient
@@ -34,6 +53,19 @@ PLACEMENT_TIMEOUT_S = 600.0
 STOPPING_WAIT_S = 60.0
 """Seconds to wait for a name whose instance is being stopped."""
 
+MOVE_AFTER_S = 1.0
+"""Seconds that an instance queues at a full offer before it is moved to one with room."""
+
+SETUP_WAIT_S = 30.0
+"""The same, where the instance may have its room already and its process is being prepared."""
+
+_LOOK_S = 0.5
+_MAX_LOOK_S = 5.0
+
+
+class _MovedError(Exception):
+    """The instance has another actor now."""
+
 
 def wait_ready(client: RayClient, instance: RayInstance) -> None:
     """Wait for ``enter``; what cannot become ready is removed before the error is raised.
@@ -42,29 +74,49 @@ def wait_ready(client: RayClient, instance: RayInstance) -> None:
     """
     request: StartRequest | None = instance.request
     deadline = time.monotonic() + STOPPING_WAIT_S
+    watch = _Watch(client, instance)
     while True:
         try:
-            _wait_once(client, instance, request)
+            _wait_once(client, instance, request, watch)
             return
-        except (InstanceClosedError, InstanceLostError):
+        except _MovedError:
+            continue
+        except rays.ActorUnavailableError:
+            # A named one that is coming back: it waits for room, or has its process started.
+            watch.look()
+            time.sleep(_LOOK_S / 5)
+        except rays.ActorUnschedulableError as error:
+            # The node that was asked for has left; another look finds what there is now.
+            if request is None or time.monotonic() > deadline:
+                raise translate(error, instance.label) from None
+            instance.take_over(client.start(request))
+        except (InstanceClosedError, InstanceLostError) as error:
             if request is None or not request.reuse or time.monotonic() > deadline:
                 raise
+            if isinstance(error, InstanceClosedError) and instance.placement is not None:
+                raise  # what this process made was closed before it was ready, by somebody's wish
             time.sleep(0.01)
             instance.take_over(client.start(request))
 
 
-def _wait_once(client: RayClient, instance: RayInstance, request: StartRequest | None) -> None:
+def _wait_once(
+    client: RayClient, instance: RayInstance, request: StartRequest | None, watch: _Watch
+) -> None:
     actor = instance.native
     label = instance.label
     try:
         if request is None or request.reuse:
-            status = _get_placed(client, instance, actor.apothic_status.remote())
+            status = watch.get(actor.apothic_status.remote())
             if request is not None:
                 _check_same_arguments(request, status, label)
             if status["state"] == "ready":
                 return
-        _get_placed(client, instance, actor.apothic_start.remote())
+        watch.get(actor.apothic_start.remote())
+    except rays.ActorUnschedulableError:
+        raise
     except rays.RayError as error:
+        if was_never_sent(error) and instance.handle.named:
+            raise
         found = translate(error, label)
         failure = failure_inside(error)
         started_badly = failure is not None and failure.kind == "start"
@@ -78,30 +130,112 @@ def _wait_once(client: RayClient, instance: RayInstance, request: StartRequest |
         if started_badly or (request is not None and not request.reuse):
             client.close_instance(instance)
         raise found from found.__cause__
-    except PlacementTimeoutError:
-        client.close_instance(instance)
+    except PlacementError:
+        # One that somebody else made waits on for those who want it.
+        if instance.placement is not None:
+            client.close_instance(instance)
+        elif not instance.handle.named:
+            client.release(instance)
         raise
 
 
-def _get_placed(client: RayClient, instance: RayInstance, ref: Any) -> Any:
-    """Get a first reply, but do not wait for ever for room."""
-    limit_s = float(os.environ.get(PLACEMENT_TIMEOUT_VARIABLE, PLACEMENT_TIMEOUT_S))
+class _Watch:
+    """Sees to it that an instance gets room, or that its caller is told why not."""
+
+    def __init__(self, client: RayClient, instance: RayInstance) -> None:
+        self._client = client
+        self._instance = instance
+        self._limit_s = _placement_timeout_s()
+        self._deadline = time.monotonic() + self._limit_s
+        self._queued_since: float | None = None
+        self._moves = 0
+
+    def get(self, ref: Any) -> Any:
+        """Get a first reply, but do not wait for ever for room.
+
+        Raises:
+            _MovedError: when the actor was replaced by one that asks for room elsewhere.
+            PlacementTimeoutError: when there was no room in time.
+            NoMatchingOfferError: when at that time nothing qualifies any more.
+        """
+        pause_s = _LOOK_S
+        while True:
+            left_s = max(self._deadline - time.monotonic(), 0.01)
+            try:
+                return ray.get(ref, timeout=min(pause_s, left_s))
+            except rays.GetTimeoutError:
+                if self.look():
+                    return ray.get(ref)
+            pause_s = min(pause_s * 1.5, _MAX_LOOK_S)
+
+    def look(self) -> bool:
+        """Tell whether the instance has room and needs no more looks; move it if it queues in vain."""
+        if self._client.is_proxy:
+            if time.monotonic() > self._deadline:
+                self._give_up()
+            return False
+        seat = ray_api.actor_seat(self._instance.native._actor_id.hex())
+        if seat is None or not seat.waits:
+            self._queued_since = None
+            return seat is not None and seat.state == "ALIVE"
+        now = time.monotonic()
+        if self._queued_since is None:
+            self._queued_since = now
+        if now > self._deadline:
+            self._give_up()
+        if seat.state == "PENDING_CREATION" and self._instance.placement is not None:
+            self._move_if_queued(seat, now - self._queued_since)
+        return False
+
+    def _move_if_queued(self, seat: ray_api.ActorSeat, queued_s: float) -> None:
+        current = self._instance.placement
+        assert current is not None
+        if queued_s < MOVE_AFTER_S or current.is_free:
+            return
+        try:
+            found, view = self._place()
+        except NoMatchingOfferError:
+            return  # its nodes have left; they may come back before the deadline
+        if not found.plan.has_room or found.choice.demand == current.choice.demand:
+            return
+        patience_s = SETUP_WAIT_S * math.pow(2, self._moves)
+        if queued_s < patience_s and may_be_starting(seat, view, ray_api.actor_seats()):
+            return
+        self._moves += 1
+        self._queued_since = None
+        if self._client.move(self._instance):
+            raise _MovedError
+
+    def _place(self) -> tuple[Placement, ClusterView]:
+        spec = self._client.find_spec(self._instance.handle.spec_digest)
+        assert spec is not None  # the lease keeps it
+        options = ClassOptions.model_validate(spec.options)
+        view = self._client.view()
+        return place(view, options, tied_nodes(self._client.registry, options)), view
+
+    def _give_up(self) -> None:
+        found, _ = self._place()
+        seats = [] if self._client.is_proxy else ray_api.actor_seats()
+        error = found.plan.timed_out(self._limit_s, holders(found.plan, seats))
+        raise PlacementTimeoutError(
+            f"{self._instance.label}: {error} The wait is {PLACEMENT_TIMEOUT_VARIABLE}."
+        )
+
+
+def _placement_timeout_s() -> float:
+    text = os.environ.get(PLACEMENT_TIMEOUT_VARIABLE, "")
+    if not text.strip():
+        return PLACEMENT_TIMEOUT_S
     try:
-        return ray.get(ref, timeout=limit_s)
-    except rays.GetTimeoutError:
-        if client.is_proxy:
-            raise
-        actor_id = instance.native._actor_id.hex()
-        if ray_api.actor_record(actor_id).get("State") == "ALIVE":
-            return ray.get(ref)  # it has room and takes its time to enter
-    holders = ", ".join(
-        f"{info.app}.{info.cls} {info.instance_id!r}" for info in client.list_instances()[:10]
-    )
-    raise PlacementTimeoutError(
-        f"{instance.label} found no room within {limit_s:g} s: nodes qualify, but what it needs is "
-        f"taken. Of this package, there live: {holders or 'none'}. Close some, add nodes, ask for "
-        f"less cpu, memory_mb or gpu_count, or raise {PLACEMENT_TIMEOUT_VARIABLE}."
-    )
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise InvalidOptionError(
+            f"{PLACEMENT_TIMEOUT_VARIABLE}={text!r} is not valid: it takes seconds above 0. Correct it "
+            f"or unset it for {PLACEMENT_TIMEOUT_S:g} s."
+        )
+    return value
 
 
 def _check_same_arguments(request: StartRequest, status: Mapping[str, Any], label: str) -> None:

@@ -183,6 +183,35 @@ class Registry:
         found = self._get(f"volume-node/{name}")
         return None if found is None else found.decode()
 
+    # -- node types that the autoscaler could start -----------------------------------------------
+
+    def put_node_type(self, name: str, record: str) -> None:
+        """Store a node type, as JSON."""
+        self._put(f"node-type/{name}", record.encode(), overwrite=True)
+        self._node_types_changed()
+
+    def get_node_type(self, name: str) -> str | None:
+        """Give a node type as JSON."""
+        found = self._get(f"node-type/{name}")
+        return None if found is None else found.decode()
+
+    def list_node_types(self) -> list[str]:
+        """Name the stored node types."""
+        return sorted(self._list("node-type/"))
+
+    def delete_node_type(self, name: str) -> bool:
+        """Remove a node type; False when there is none."""
+        found = self._delete(f"node-type/{name}")
+        self._node_types_changed()
+        return found
+
+    def node_types_version(self) -> str:
+        """Give a word that is another one after each change; empty before the first."""
+        return (self._get("node-types-version") or b"").decode()
+
+    def _node_types_changed(self) -> None:
+        self._put("node-types-version", uuid.uuid4().hex.encode(), overwrite=True)
+
     # -- leases ----------------------------------------------------------------------------------
 
     def put_lease(self, actor_name: str, record: Mapping[str, Any]) -> None:
@@ -201,6 +230,7 @@ class Registry:
         """Remove an instance's lease and what was stored for it alone."""
         self._delete(f"lease/{actor_name}")
         self.delete_blob(self.arguments_key(actor_name))
+        self._delete(f"revival/{actor_name}")
         self._delete(f"replaced/{actor_name}")
         self._delete(f"start/{actor_name}")
 
@@ -223,6 +253,22 @@ class Registry:
     def _put_start(self, actor_name: str, record: StartRecord) -> None:
         content = json.dumps(record._asdict()).encode()
         self._put(f"start/{actor_name}", content, overwrite=True)
+
+    def put_revival(self, actor_name: str, record: bytes) -> None:
+        """Store what it takes to make a named instance again on another node."""
+        self._put(f"revival/{actor_name}", record, overwrite=True)
+
+    def get_revival(self, actor_name: str) -> bytes | None:
+        """Give what it takes to make a named instance again."""
+        return self._get(f"revival/{actor_name}")
+
+    def has_revival(self, actor_name: str) -> bool:
+        """Tell whether a named instance can be made again."""
+        return bool(kv._internal_kv_exists(f"revival/{actor_name}".encode(), namespace=_NAMESPACE))
+
+    def list_revivals(self) -> list[str]:
+        """Name the instances that can be made again."""
+        return self._list("revival/")
 
     # -- words left by a process for its callers and its successor ---------------------------------
 

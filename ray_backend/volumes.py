@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from apothic.errors import BackendError, VolumeNotFoundError
 from apothic.volume import StorageMount, check_same_volume
 from ray_backend.actors.failure import RemoteFailure
-from ray_backend.actors.mounts import volume_directory
+from ray_backend.directories import volume_directory
 from ray_backend.registry import Registry
 
 __all__ = ["delete", "ensure", "list_all", "prepare"]

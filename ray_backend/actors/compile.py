@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ray_backend.actors.host import HostServices, InstanceHost, InstancePlan
+from ray_backend.actors.host import HostServices, InstanceHost
+from ray_backend.actors.plan import InstancePlan
 
 __all__ = ["CALL_METHOD", "CONTROL_GROUP", "actor_method_name", "compile_actor"]
 

@@ -53,6 +53,12 @@ class RemoteFailure(Exception):  # noqa: N818 - it is the carrier, not the error
         self.where = where
         self.state_lost = state_lost
 
+    @property
+    def short(self) -> str:
+        """The type's own name and the message."""
+        name = self.type_name.rpartition(".")[2]
+        return f"{name}: {self.message}" if self.message else name or self.text
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel without the constructor."""
         return _rebuild, (dict(self.__dict__),)

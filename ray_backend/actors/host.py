@@ -16,18 +16,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from ray_backend.actors.failure import RemoteFailure, capture, format_error
 from ray_backend.actors.gate import CONSUMER_KEY, StreamGate
 from ray_backend.actors.hang import HangGuard
+from ray_backend.actors.plan import InstancePlan
 from ray_backend.actors.running import ActiveCall, CallBook, make_sleep_interruptible
+from ray_backend.actors.stopping import Recording, Stop
 
-__all__ = ["TIMEOUT_KEY", "HostServices", "InstanceHost", "InstancePlan"]
+__all__ = ["TIMEOUT_KEY", "HostServices", "InstanceHost"]
 
 TIMEOUT_KEY = "__apothic_timeout_s__"
 """The keyword by which one call replaces the instance's ``timeout_s``."""
@@ -43,48 +45,6 @@ HOOKS_S = 30.0
 
 SELF_REMOVAL_S = 3.0
 """Seconds after which a stopped or failed instance removes itself if nobody did."""
-
-
-@dataclass(frozen=True)
-class InstancePlan:
-    """What an instance is made of, in plain values, as it travels to the actor."""
-
-    app: str
-    cls: str
-    instance_id: str
-    actor_name: str
-    named: bool
-    spec_digest: str
-    blob_digest: str
-    methods: tuple[tuple[str, str], ...]
-    enter_hooks: tuple[str, ...]
-    exit_hooks: tuple[str, ...]
-    arguments: bytes | None
-    arguments_digest: str
-    timeout_s: float
-    concurrency: int
-    secrets: tuple[str, ...] = ()
-    mounts: tuple[dict[str, Any], ...] = ()
-    files: tuple[tuple[str, str], ...] = ()
-    workdir: str | None = None
-
-    @property
-    def label(self) -> str:
-        """Name the instance in messages."""
-        return f"{self.app}.{self.cls} {self.instance_id!r}"
-
-    def lost_to_timeout(self, timeout_s: float, method: str = "the call") -> str:
-        """Say that a call could only be ended together with its process."""
-        return (
-            f"{self.label}: {method} ran longer than its timeout_s={timeout_s:g} and could not be "
-            f"interrupted, as it was in native code. Its process was replaced: what the instance "
-            f"held in memory is lost. Raise timeout_s, or make the code interruptible."
-        )
-
-    @property
-    def is_async(self) -> bool:
-        """Whether a method needs an event loop."""
-        return any(kind.startswith("async") for _, kind in self.methods)
 
 
 @dataclass
@@ -116,19 +76,6 @@ class HostServices:
     guard: HangGuard | None = None
 
 
-@dataclass
-class _Stop:
-    """The one stop of an instance: who comes later waits for it and gets the same report."""
-
-    done: threading.Event = field(default_factory=threading.Event)
-    hooks_begun: threading.Event = field(default_factory=threading.Event)
-    hooks_done: threading.Event = field(default_factory=threading.Event)
-    hooks_claimed: bool = False
-    hooks: list[dict[str, Any]] = field(default_factory=list)
-    interrupted: int = 0
-    note: str | None = None
-
-
 class InstanceHost:
     """The life of one instance: new, starting, ready or failed, closing, closed."""
 
@@ -140,7 +87,7 @@ class InstanceHost:
         self._lock = threading.Lock()
         self._ready = threading.Event()
         self._failure: RemoteFailure | None = None
-        self._stop: _Stop | None = None
+        self._stop: Stop | None = None
         self._object: Any = None
         self._bound: dict[str, Callable[..., Any]] = {}
         self._book = CallBook(plan.timeout_s, self._replace_process, services.guard)
@@ -285,31 +232,7 @@ class InstanceHost:
         """Run a generator method; the time that its consumer takes is not counted."""
         if self._state != "ready":
             self.start()
-        gate = self._gate(kwargs)
-        call = self._begin(name, kwargs, gate=gate)
-        try:
-            try:
-                items = self._bound[name](*args, **kwargs)
-                try:
-                    while True:
-                        try:
-                            item = next(items)
-                        except StopIteration:
-                            return
-                        self._book.pause(call)
-                        if not gate.admit():
-                            return
-                        yield item
-                        if not self._book.resume(call):
-                            return
-                finally:
-                    items.close()
-            finally:
-                self._book.end(call)
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            raise self._failed(call, error) from None
+        yield from self._stream_steps(name, args, kwargs)
 
     async def stream_async(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -337,7 +260,11 @@ class InstanceHost:
             try:
                 source = self._bound[name](*args, **kwargs)
                 try:
-                    async for item in source:
+                    while True:
+                        try:
+                            item = await _anext(source)
+                        except StopAsyncIteration:
+                            return
                         self._book.pause(call)
                         if gate.full:
                             await loop.run_in_executor(None, gate.admit)
@@ -357,15 +284,19 @@ class InstanceHost:
             raise self._failed(call, error) from None
 
     def _stream_steps(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], task_id: Any
-    ) -> Any:
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], task_id: Any = None
+    ) -> Generator[Any, None, None]:
         gate = self._gate(kwargs)
         call = self._begin(name, kwargs, task_id=task_id, gate=gate)
         try:
             try:
                 items = self._bound[name](*args, **kwargs)
                 try:
-                    for item in items:
+                    while True:
+                        try:
+                            item = _next(items)
+                        except StopIteration:
+                            return
                         self._book.pause(call)
                         if not gate.admit():
                             return
@@ -475,7 +406,7 @@ class InstanceHost:
         """
         with self._lock:
             first = self._stop is None
-            stop = self._stop = self._stop or _Stop()
+            stop = self._stop = self._stop or Stop()
             before = self._state
             if first and before in ("new", "ready", "starting"):
                 self._state = "closing"
@@ -491,7 +422,7 @@ class InstanceHost:
             self._remove_later()
         return self._report(stop)
 
-    def _stop_once(self, stop: _Stop, before: str, drain_s: float, hooks_s: float) -> None:
+    def _stop_once(self, stop: Stop, before: str, drain_s: float, hooks_s: float) -> None:
         if before == "new":
             self._ready.set()  # a first call that waits in the queue is refused, nothing starts
             stop.note = "it was never started"
@@ -521,11 +452,11 @@ class InstanceHost:
                 )
         self._services.cleanup()
 
-    def _unfinished_hook(self, stop: _Stop) -> str:
+    def _unfinished_hook(self, stop: Stop) -> str:
         left = list(reversed(self.plan.exit_hooks))[len(stop.hooks) :]
         return left[0] if left else "?"
 
-    def _report(self, stop: _Stop) -> dict[str, Any]:
+    def _report(self, stop: Stop) -> dict[str, Any]:
         return {
             "closed": True,
             "hooks": list(stop.hooks),
@@ -539,7 +470,7 @@ class InstanceHost:
         if stop is None:
             return
         for name in reversed(self.plan.exit_hooks):
-            with _Record(stop, name, self.plan.label):
+            with Recording(stop, name, self.plan.label):
                 self._hook(name)
         stop.hooks_done.set()
 
@@ -549,11 +480,11 @@ class InstanceHost:
         if stop is None:
             return
         for name in reversed(self.plan.exit_hooks):
-            with _Record(stop, name, self.plan.label):
+            with Recording(stop, name, self.plan.label):
                 await self._hook_async(name)
         stop.hooks_done.set()
 
-    def _claim_hooks(self) -> _Stop | None:
+    def _claim_hooks(self) -> Stop | None:
         with self._lock:
             stop = self._stop
             if stop is None or stop.hooks_claimed or stop.done.is_set():
@@ -583,46 +514,33 @@ class InstanceHost:
 
     async def _on_thread(self, function: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(
-            self._threads, partial(_without_stop_iteration, function)
+            self._threads, partial(_carried, function)
         )
 
 
-class _Record:
-    """Notes how an exit hook went, and keeps its exception from the others."""
+def _carried(function: Callable[[], Any]) -> Any:
+    """Call; what has a meaning of its own to coroutines does not pass through a future as it is.
 
-    def __init__(self, stop: _Stop, name: str, label: str) -> None:
-        self._stop = stop
-        self._name = name
-        self._label = label
-
-    def __enter__(self) -> None:
-        self._begin = time.perf_counter()
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        failure: RemoteFailure | None = None
-        if error is not None:
-            failure = error if isinstance(error, RemoteFailure) else capture(error)
-        if failure is not None:
-            print(
-                f"apothic: exit hook {self._name} of {self._label} failed\n{failure.trace}",
-                file=sys.stderr,
-            )
-        self._stop.hooks.append(
-            {
-                "name": self._name,
-                "duration_s": time.perf_counter() - self._begin,
-                "error": None if failure is None else failure.text,
-                "traceback": None if failure is None else failure.trace,
-            }
-        )
-        return True
-
-
-def _without_stop_iteration(function: Callable[[], Any]) -> Any:
-    """Call; a future cannot hold StopIteration: who awaits it would wait for ever."""
+    Who awaits one that holds StopIteration waits for ever; GeneratorExit loses its text.
+    """
     try:
         return function()
-    except StopIteration as error:
+    except (StopIteration, GeneratorExit) as error:
+        raise capture(error) from None
+
+
+def _next(items: Any) -> Any:
+    """Take an item; a GeneratorExit of user code's own is an error, where ours is an end."""
+    try:
+        return next(items)
+    except GeneratorExit as error:
+        raise capture(error) from None
+
+
+async def _anext(items: Any) -> Any:
+    try:
+        return await items.__anext__()
+    except GeneratorExit as error:
         raise capture(error) from None
 
 

@@ -15,9 +15,9 @@ import ray
 
 from ray_backend.actors.failure import RemoteFailure
 from ray_backend.actors.hang import HangGuard, read_hang
-from ray_backend.actors.host import InstancePlan
 from ray_backend.actors.loading import load_class, share_class_identities
 from ray_backend.actors.mounts import Mounts
+from ray_backend.actors.plan import InstancePlan
 from ray_backend.names import MANAGER_NAME, NAMESPACE
 from ray_backend.ray_api import actor_is_alive, live_jobs, restart_count, session_directory
 from ray_backend.registry import Registry

@@ -1,50 +1,173 @@
-"""Placement on the connected cluster: live nodes in, options for an actor out."""
+"""Placement on a cluster as it is now: a view of it and what is wanted in, options for an actor out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from apothic.constraints import PlacementConstraints
 from apothic.errors import NoMatchingOfferError
-from apothic.options import ClassOptions
-from ray_backend.placement.demand import plan
-from ray_backend.ray_api import live_nodes
+from ray_backend.placement.criterion import figure
+from ray_backend.placement.demand import Choice, Plan, plan
+from ray_backend.placement.offers import Offer, group_nodes
+from ray_backend.placement.table import table
 
-__all__ = ["explain_on_cluster", "place_on_cluster"]
+__all__ = ["ClusterView", "Placeable", "Placement", "explain", "offers_table", "place"]
 
 
-def place_on_cluster(options: ClassOptions, tied_to: Sequence[str] = ()) -> dict[str, Any]:
-    """Give the actor options by which Ray places an instance.
+class Placeable(Protocol):
+    """What can be placed: the options of a class or of a sandbox."""
+
+    @property
+    def constraints(self) -> PlacementConstraints:
+        """What the node must have."""
+
+    @property
+    def cpu(self) -> int:
+        """CPU cores that the container takes."""
+
+    @property
+    def memory_mb(self) -> int:
+        """Memory that it takes, in units of 2**20 bytes."""
+
+
+@dataclass(frozen=True)
+class ClusterView:
+    """What is known of a cluster at one moment.
+
+    Attributes:
+        nodes: as ``ray.nodes()`` gives them.
+        available: free resources by node id; None where they are not known, so that all count as free.
+        registered: node types that the autoscaler could start.
+    """
+
+    nodes: Sequence[Mapping[str, Any]]
+    available: Mapping[str, Mapping[str, float]] | None = None
+    registered: Sequence[Offer] = ()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A decision where to run something, and what else would have done.
+
+    Attributes:
+        plan: every way to run it.
+        tied_to: the one node that it must run on, for its host-local volumes; None for any.
+    """
+
+    plan: Plan
+    tied_to: str | None = None
+
+    @property
+    def choice(self) -> Choice:
+        """The offer with room that ranks first, else the cheapest that could ever fit."""
+        return self.plan.choices[0]
+
+    @property
+    def is_free(self) -> bool:
+        """Whether any node may take it, so that no other choice can be better."""
+        demand = self.choice.demand
+        return not (
+            self.tied_to or demand.resources or demand.label_selector or demand.accelerator_type
+        )
+
+    def ray_options(self) -> dict[str, Any]:
+        """Give the keyword arguments for an actor's ``.options``."""
+        options = self.choice.demand.ray_options()
+        if self.tied_to is not None:
+            options.pop("label_selector", None)
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
+                self.tied_to, soft=False
+            )
+        return options
+
+
+def place(view: ClusterView, wanted: Placeable, tied_to: Sequence[str] = ()) -> Placement:
+    """Decide where to run something.
 
     Args:
-        options: of the class.
+        view: the cluster.
+        wanted: what to run.
         tied_to: the nodes that its host-local volumes are on.
 
     Raises:
         NoMatchingOfferError: when no node can ever run it; Ray itself would wait for ever.
     """
-    nodes = [node for node in live_nodes() if not tied_to or node["NodeID"] in tied_to]
     if len(tied_to) > 1:
         raise NoMatchingOfferError(
             f"its host-local volumes lie on {len(tied_to)} different nodes ({', '.join(tied_to)}): no "
             f"node has them all. Use Volume.cloud for all but one."
         )
-    found = plan(options.constraints, cpu=options.cpu, memory_mb=options.memory_mb, nodes=nodes)
-    ray_options = found.demands[0].ray_options()
-    if tied_to:
-        ray_options.pop("label_selector", None)
-        ray_options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(tied_to[0], soft=False)
-    return ray_options
+    if not tied_to:
+        return Placement(_plan(view, wanted))
+    node = tied_to[0]
+    nodes = [each for each in view.nodes if each["NodeID"] == node and each["Alive"]]
+    if not nodes:
+        raise NoMatchingOfferError(
+            f"its host-local volume lies on node {node}, which is not in the cluster any more: what "
+            f"is in it cannot be reached. Bring the node back, delete the volume, or use Volume.cloud, "
+            f"which outlives a node."
+        )
+    return Placement(_plan(ClusterView(nodes, view.available), wanted), node)
 
 
-def explain_on_cluster(options: ClassOptions) -> str:
+def explain(view: ClusterView, wanted: Placeable) -> str:
     """Tell which nodes qualify and why others do not, starting nothing."""
     try:
-        found = plan(
-            options.constraints, cpu=options.cpu, memory_mb=options.memory_mb, nodes=live_nodes()
-        )
+        return _plan(view, wanted).explain()
     except NoMatchingOfferError as error:
         return str(error)
-    return found.explain()
+
+
+def offers_table(view: ClusterView) -> str:
+    """List every kind of node, live or registered, with what it states and what is free of it."""
+    rows = []
+    live = set()
+    for offer, nodes in group_nodes(view.nodes):
+        live.add(offer.offer_id)
+        free = [(view.available or {}).get(node.node_id, node.resources) for node in nodes]
+        memory = [node.resources.get("memory", 0.0) for node in nodes]
+        rows.append(_offer_row(offer, str(len(nodes)), min(memory), free))
+    for offer in view.registered:
+        if offer.offer_id not in live:
+            rows.append(_offer_row(offer, "not started", offer.resources.get("memory", 0.0), ()))
+    if not rows:
+        return "No node is known."
+    head = ("offer", "nodes", "GPUs", "GB/GPU", "CPUs", "memory_mb", "USD/h", "place", "free now")
+    return table(head, sorted(rows), (1, 2, 3, 4, 5, 6))
+
+
+def _offer_row(
+    offer: Offer, nodes: str, memory_bytes: float, free: Sequence[Mapping[str, float]]
+) -> tuple[str, ...]:
+    gpus = f"{figure(offer.gpus)}x {offer.gpu_types[0]}" if offer.gpu_types else figure(offer.gpus)
+    unused = [
+        f"{figure(sum(each.get(name, 0.0) for each in free))} {name}"
+        for name in ("GPU", "CPU")
+        if free and (name == "CPU" or offer.gpus)
+    ]
+    return (
+        offer.name,
+        nodes,
+        gpus,
+        "-" if offer.vram_mb is None or not offer.gpus else figure(offer.vram_mb / 1000),
+        figure(offer.cpus),
+        str(int(memory_bytes / 2**20)),
+        "-" if offer.cost_per_hour_usd is None else figure(offer.cost_per_hour_usd),
+        offer.country or offer.region or "-",
+        ", ".join(unused) or "-",
+    )
+
+
+def _plan(view: ClusterView, wanted: Placeable) -> Plan:
+    return plan(
+        wanted.constraints,
+        cpu=wanted.cpu,
+        memory_mb=wanted.memory_mb,
+        nodes=view.nodes,
+        available=view.available,
+        registered=view.registered,
+    )

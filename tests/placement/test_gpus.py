@@ -109,3 +109,27 @@ def test_unknown_names_compare_as_written():
     assert same_gpu_name("X-900", "x900")
     assert same_gpu_name("RTX 4090", "GeForce-RTX-4090")
     assert not same_gpu_name("X-900", "A100")
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gb", "bandwidth_gb_s", "fp32_tflops"),
+    [
+        # A GPU's share of HGX B200 and B300, and of GB200 NVL72 and GB300 NVL72, by their datasheets.
+        ("B200", 180, 7700, 75),
+        ("B300", 270, 7700, 75),
+        ("GB200", 186, 8000, 80),
+        ("GB300", 279, 8000, 80),
+        ("H100", 80, 2000, 51),
+        ("H200", 141, 4800, 60),
+    ],
+)
+def test_figures_of_the_datasheets(
+    name: str, memory_gb: float, bandwidth_gb_s: float, fp32_tflops: float
+):
+    spec = resolve_gpu(name)
+    assert spec is not None
+    assert (spec.memory_gb, spec.bandwidth_gb_s, spec.fp32_tflops) == (
+        memory_gb,
+        bandwidth_gb_s,
+        fp32_tflops,
+    )

@@ -79,6 +79,49 @@ def test_actor_records(ray_cluster: str) -> None:
     assert ray_api.actor_record("ff" * 16) == {}
 
 
+def test_free_resources_follow_what_runs(ray_cluster: str) -> None:
+    node_id = ray.get_runtime_context().get_node_id()
+    total = {node["NodeID"]: node["Resources"] for node in ray_api.live_nodes()}[node_id]
+
+    def free(name: str) -> float:
+        return ray_api.free_resources()[node_id].get(name, 0.0)
+
+    eventually(lambda: free("CPU") == total["CPU"])
+    actor = Plain.options(num_cpus=total["CPU"], memory=2**20).remote()
+    ray.get(actor.task_id.remote())
+    eventually(lambda: free("CPU") == 0)  # used up: Ray leaves it out
+    assert free("memory") == total["memory"] - 2**20
+    ray.kill(actor)
+    eventually(lambda: free("CPU") == total["CPU"])
+
+
+def test_seats_tell_who_queues_who_sits_and_who_cannot_be_placed(ray_cluster: str) -> None:
+    node_id = ray.get_runtime_context().get_node_id()
+    environment = {"env_vars": {"CONTRACT": "1"}}
+    options = {"name": "seated", "namespace": "contract", "runtime_env": environment}
+    actor = Plain.options(num_cpus=8, **options).remote()
+    ray.get(actor.task_id.remote())
+    seat = ray_api.actor_seat(actor._actor_id.hex())
+    assert seat is not None
+    assert seat in ray_api.actor_seats()
+    assert (seat.name, seat.namespace, seat.class_name) == ("seated", "contract", "Plain")
+    assert (seat.state, seat.node_id, seat.seated, seat.waits) == ("ALIVE", node_id, True, False)
+    assert dict(seat.resources) == {"CPU": 8.0}
+    assert seat.runtime_env["env_vars"] == environment["env_vars"]
+    queuing = Plain.options(num_cpus=8).remote()
+    key = queuing._actor_id.hex()
+    eventually(lambda: ray_api.actor_seats("PENDING_CREATION")[0].node_id == node_id)
+    waits = ray_api.actor_seat(key)
+    assert waits is not None
+    assert waits.waits
+    ray.kill(queuing)  # one without a process goes at once
+    eventually(lambda: (ray_api.actor_seat(key) or waits).state == "DEAD")
+    gone = Plain.options(num_cpus=0, label_selector={"ray.io/node-id": "f" * 56}).remote()
+    eventually(lambda: (ray_api.actor_seat(gone._actor_id.hex()) or waits).unschedulable)
+    ray.kill(actor)
+    assert ray_api.actor_seat("ff" * 16) is None
+
+
 def test_a_call_knows_its_task_id_as_its_reference_does(ray_cluster: str) -> None:
     actor = Plain.remote()
     ref = actor.task_id.remote()

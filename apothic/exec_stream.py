@@ -1,0 +1,150 @@
+"""`SandboxExecStream`: the output of one exec as it is written."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING
+
+from apothic.backend import ExecOutcome, ExecRequest
+from apothic.sandbox_values import SandboxStreamEvent
+from apothic.twins import in_thread
+
+if TYPE_CHECKING:
+    from apothic.session import SandboxSession
+
+__all__ = ["SandboxExecStream"]
+
+
+class SandboxExecStream(Iterator[SandboxStreamEvent]):
+    """The events of one `SandboxSession.exec_stream`; iterate with ``for`` or ``async for``."""
+
+    def __init__(self, session: SandboxSession, request: ExecRequest, stdin: bytes | None) -> None:
+        """Start the program."""
+        self._ended = True
+        self._session = session
+        self._request = request
+        self._stream = session._ref.stream("exec_stream", request, stdin)
+        self._ended = False
+        self._channels = {
+            "stdout": _Channel(request.max_output_bytes),
+            "stderr": _Channel(request.max_output_bytes),
+        }
+        self._last: list[SandboxStreamEvent] = []
+
+    def __iter__(self) -> SandboxExecStream:
+        """Iterate over the events."""
+        return self
+
+    def __next__(self) -> SandboxStreamEvent:
+        """Wait for the next event.
+
+        Raises:
+            ExecTimeoutError: the program ran longer than ``timeout_s``.
+        """
+        if self._last:
+            return self._last.pop(0)
+        if self._ended:
+            raise StopIteration
+        try:
+            item = self._stream.next_item()
+        except BaseException:
+            self._end()
+            raise
+        return self._event(item)
+
+    def __aiter__(self) -> AsyncIterator[SandboxStreamEvent]:
+        """Iterate over the events without blocking the event loop."""
+        return self
+
+    async def __anext__(self) -> SandboxStreamEvent:
+        """Await the next event."""
+        if self._last:
+            return self._last.pop(0)
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            item = await self._stream.anext_item()
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                self._stream.close()
+            self._end()
+            raise
+        return self._event(item)
+
+    def close(self) -> None:
+        """Kill the program and all it started, unless it has ended; idempotent."""
+        self._last.clear()
+        if not self._ended:
+            self._end()
+            self._stream.close()
+
+    async def aclose(self) -> None:
+        """Do what `close` does."""
+        await in_thread(self.close)
+
+    def __enter__(self) -> SandboxExecStream:
+        """Give the stream."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close it."""
+        self.close()
+
+    async def __aenter__(self) -> SandboxExecStream:
+        """Give the stream."""
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Close it."""
+        await self.aclose()
+
+    def __del__(self) -> None:
+        """Close it."""
+        if not getattr(self, "_ended", True):
+            self.close()
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._session._leave()
+
+    def _event(self, item: tuple[str, bytes] | ExecOutcome) -> SandboxStreamEvent:
+        if not isinstance(item, ExecOutcome):
+            kind, data = item
+            text = self._channels[kind].add(data)
+            return SandboxStreamEvent(kind=kind, text=text, data=data)  # type: ignore[arg-type]
+        self._end()
+        out, err = self._channels["stdout"], self._channels["stderr"]
+        outcome = item._replace(stdout_truncated=out.truncated, stderr_truncated=err.truncated)
+        result = self._session._result(self._request, outcome, bytes(out.kept), bytes(err.kept))
+        # A character that the program never finished.
+        for kind, channel in self._channels.items():
+            if rest := channel.rest():
+                self._last.append(
+                    SandboxStreamEvent(kind=kind, text=rest)  # type: ignore[arg-type]
+                )
+        self._last.append(
+            SandboxStreamEvent(kind="exit", returncode=result.returncode, result=result)
+        )
+        return self._last.pop(0)
+
+
+class _Channel:
+    """One of the two streams on this side: decoded as it comes, kept up to a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._limit = limit
+        self.kept = bytearray()
+        self.truncated = False
+
+    def add(self, data: bytes) -> str:
+        room = self._limit - len(self.kept)
+        self.truncated |= len(data) > room
+        self.kept += data[:room]
+        return self._decoder.decode(data)
+
+    def rest(self) -> str:
+        return self._decoder.decode(b"", True)

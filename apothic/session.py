@@ -1,0 +1,737 @@
+"""`SandboxSession`: one workspace, with files and programs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from apothic.backend import CallRef, ExecOutcome, ExecRequest, SandboxRef
+from apothic.errors import (
+    ExecTimeoutError,
+    InvalidOptionError,
+    PendingTasksExceededError,
+    SandboxClosedError,
+    SerializationError,
+)
+from apothic.exec_stream import SandboxExecStream
+from apothic.options import check_count, check_seconds
+from apothic.sandbox_values import (
+    SandboxExecResult,
+    SandboxHandle,
+    SandboxSessionInfo,
+)
+from apothic.session_arguments import (
+    argv_bytes,
+    env_bytes,
+    env_text,
+    find_codec,
+    input_bytes,
+    mode_for,
+    path_bytes,
+    to_text,
+    user_bytes,
+)
+from apothic.steps import END, Steps, awaited, verb
+from apothic.twins import Twin, twin
+from apothic.values import CloseReport
+
+if TYPE_CHECKING:
+    from apothic.sandbox import Sandbox
+
+__all__ = ["MAX_OUTPUT_BYTES", "SandboxExecStream", "SandboxSession", "SandboxSessionAio"]
+
+MAX_OUTPUT_BYTES = 64 * 1024 * 1024
+"""How much of each of an exec's streams is kept unless ``max_output_bytes`` says otherwise."""
+
+PART_BYTES = 4 * 1024 * 1024
+"""Files up to this size travel in one call, longer ones in parts of it."""
+
+PARTS_IN_FLIGHT = 3
+"""Parts that an upload sends ahead of their confirmation: 12 MiB at most."""
+
+METHOD_NAMES = (
+    "inspect", "pwd", "get_env", "chdir", "update_env", "set_env", "unset_env", "exists", "listdir",
+    "mkdir", "read_text", "write_text", "read_bytes", "write_bytes", "upload_file", "download_file",
+    "exec", "exec_stream", "close",
+)  # fmt: skip
+"""The verbs of every session."""
+
+
+class SandboxSession:
+    """A workspace: a container on the cluster, or with `Sandbox.local` this machine.
+
+    Relative paths are against the session's working directory, which every exec starts in; both it and
+    the session's variables are the same for all clients of a session. Names of files that are no UTF-8
+    come and go with surrogate escapes, as Python has them everywhere. With ``with`` the session is
+    closed at the end. It can be passed to other remote calls and pickles to its handle.
+
+    Every verb raises `SandboxClosedError` once the session is closed, `SandboxLostError` when its
+    container, engine or node died, and `PendingTasksExceededError` at more than ``max_pending_tasks``
+    verbs of this process at once. Verbs of files raise a `SandboxFileError` that is also the builtin
+    error of its kind.
+    """
+
+    def __init__(self, sandbox: Sandbox, ref: SandboxRef, *, local: bool = False) -> None:
+        """Wrap a reference; made by the verbs of `Sandbox`."""
+        self._sandbox = sandbox
+        self._ref = ref
+        self._local = local
+        self._closed = False
+        self._pending = 0
+        self._lock = threading.Lock()
+
+    # -- properties ----------------------------------------------------------------------------
+
+    @property
+    def sandbox(self) -> Sandbox:
+        """The definition."""
+        return self._sandbox
+
+    @property
+    def local(self) -> bool:
+        """Whether it works on this machine, with no isolation."""
+        return self._local
+
+    @property
+    def closed(self) -> bool:
+        """Whether this process closed it."""
+        return self._closed
+
+    @property
+    def id(self) -> str:
+        """Its id within the definition."""
+        return self._ref.handle.sandbox_id
+
+    @property
+    def handle(self) -> SandboxHandle:
+        """Where it is, for `Sandbox.attach` in any job of the cluster; a local one is no use there."""
+        return self._ref.handle
+
+    @property
+    def handle_json(self) -> str:
+        """The handle as JSON."""
+        return self.handle.model_dump_json()
+
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """Names of the verbs."""
+        return METHOD_NAMES
+
+    @property
+    def actor(self) -> Any:
+        """The engine's own handle: on Ray the actor handle."""
+        return self._ref.native
+
+    @property
+    def aio(self) -> SandboxSessionAio:
+        """The async twins of the verbs."""
+        return SandboxSessionAio(self)
+
+    # -- looking -------------------------------------------------------------------------------
+
+    def has_method(self, name: str) -> bool:
+        """Tell whether there is a verb of this name."""
+        return name in METHOD_NAMES
+
+    def inspect(self) -> SandboxSessionInfo:
+        """Ask how it is; answered also while verbs are running."""
+        self._check_open()
+        return self._ref.inspect()
+
+    # -- directory and variables -----------------------------------------------------------------
+
+    @verb
+    def pwd(self) -> Steps[str]:
+        """Give the working directory."""
+        return to_text((yield from self._ask("pwd")))
+
+    @verb
+    def get_env(self) -> Steps[dict[str, str]]:
+        """Give the environment that an exec sees."""
+        return env_text((yield from self._ask("get_env")))
+
+    @verb
+    def chdir(self, path: str) -> Steps[str]:
+        """Change the working directory; ``..`` is taken as a shell's ``cd`` does.
+
+        Returns:
+            The new one, absolute.
+
+        Raises:
+            SandboxFileNotFoundError: there is nothing at the path.
+            SandboxNotADirectoryError: it is no directory.
+        """
+        return to_text((yield from self._ask("chdir", path_bytes(path))))
+
+    @verb
+    def update_env(
+        self, values: dict[str, Any] | None = None, /, **kwargs: Any
+    ) -> Steps[dict[str, str]]:
+        """Set variables for this and later execs; values are converted with ``str``.
+
+        Args:
+            values: variables; None as a value removes one, also one that the image sets.
+            **kwargs: likewise; they win.
+
+        Returns:
+            The environment that an exec now sees.
+
+        Raises:
+            InvalidOptionError: a name is no variable's, or a value holds a NUL.
+        """
+        changes = {**env_bytes(values), **env_bytes(kwargs)}
+        return env_text((yield from self._ask("update_env", changes)))
+
+    def set_env(self, **kwargs: Any) -> dict[str, str]:
+        """Do what `update_env` does with keywords."""
+        return self.update_env(kwargs)
+
+    @verb
+    def unset_env(self, *names: str) -> Steps[dict[str, str]]:
+        """Remove variables; one that is not set is no error.
+
+        Returns:
+            The environment that an exec now sees.
+        """
+        changes = env_bytes(dict.fromkeys(names))
+        return env_text((yield from self._ask("update_env", changes)))
+
+    # -- files -----------------------------------------------------------------------------------
+
+    @verb
+    def exists(self, path: str = ".") -> Steps[bool]:
+        """Tell whether something is at a path; a link that leads nowhere is nothing."""
+        found: bool = yield from self._ask("exists", path_bytes(path))
+        return found
+
+    @verb
+    def listdir(self, path: str = ".") -> Steps[list[str]]:
+        """Give the names in a directory, sorted.
+
+        Raises:
+            SandboxFileNotFoundError: there is nothing at the path.
+            SandboxNotADirectoryError: it is no directory.
+        """
+        return [to_text(name) for name in (yield from self._ask("listdir", path_bytes(path)))]
+
+    @verb
+    def mkdir(self, path: str, *, parents: bool = True, exist_ok: bool = True) -> Steps[str]:
+        """Make a directory.
+
+        Args:
+            path: where.
+            parents: make missing ones on the way.
+            exist_ok: a directory that is there already will do.
+
+        Returns:
+            Its absolute path.
+
+        Raises:
+            SandboxFileExistsError: something is there that will not do.
+            SandboxFileNotFoundError: a directory on the way is missing, without ``parents``.
+        """
+        return to_text(
+            (yield from self._ask("mkdir", path_bytes(path), bool(parents), bool(exist_ok)))
+        )
+
+    @verb
+    def read_bytes(self, path: str) -> Steps[bytes]:
+        """Give the contents of a file.
+
+        Raises:
+            SandboxFileNotFoundError: there is nothing at the path.
+            SandboxIsADirectoryError: it is a directory.
+        """
+        return (yield from self._read(path))
+
+    @verb
+    def read_text(self, path: str, *, encoding: str = "utf-8") -> Steps[str]:
+        """Give the contents of a file as text; line ends stay as they are.
+
+        Raises:
+            SandboxFileNotFoundError: there is nothing at the path.
+            SandboxIsADirectoryError: it is a directory.
+            UnicodeDecodeError: the contents are not in this encoding.
+            InvalidOptionError: there is no such encoding.
+        """
+        codec = find_codec(encoding)
+        return codec.decode((yield from self._read(path)))[0]
+
+    @verb
+    def write_bytes(
+        self,
+        path: str,
+        content: bytes | bytearray | memoryview,
+        *,
+        append: bool = False,
+        make_parents: bool = False,
+    ) -> Steps[str]:
+        """Write a file. One that exists keeps mode, owner and links.
+
+        Args:
+            path: where.
+            content: what.
+            append: write after what is there.
+            make_parents: make missing directories on the way.
+
+        Returns:
+            Its absolute path.
+
+        Raises:
+            SandboxFileNotFoundError: its directory is missing.
+            SandboxIsADirectoryError: it is a directory.
+            SandboxNoSpaceError: the disk is full; what was there is whole.
+        """
+        if not isinstance(content, (bytes, bytearray, memoryview)):
+            raise InvalidOptionError(
+                f"content of type {type(content).__name__} is not valid: write_bytes takes bytes, "
+                f"bytearray or memoryview. Use write_text for text."
+            )
+        return (yield from self._write(path, content, append, make_parents))
+
+    @verb
+    def write_text(
+        self,
+        path: str,
+        content: str,
+        *,
+        encoding: str = "utf-8",
+        append: bool = False,
+        make_parents: bool = False,
+    ) -> Steps[str]:
+        """Write a file as `write_bytes` does; line ends stay as they are.
+
+        Raises:
+            UnicodeEncodeError: the text cannot be in this encoding; nothing was written.
+            InvalidOptionError: there is no such encoding, or content is no text.
+        """
+        if not isinstance(content, str):
+            raise InvalidOptionError(
+                f"content of type {type(content).__name__} is not valid: write_text takes a str. "
+                f"Use write_bytes for bytes."
+            )
+        data = find_codec(encoding).encode(content)[0]
+        return (yield from self._write(path, data, append, make_parents))
+
+    def upload_file(
+        self, local_path: str | Path, remote_path: str, *, make_parents: bool = False
+    ) -> str:
+        """Copy a file from this machine into the session, in constant memory.
+
+        Args:
+            local_path: a file here.
+            remote_path: a file there; one that exists keeps mode, owner and links.
+            make_parents: make missing directories there.
+
+        Returns:
+            The absolute path there.
+
+        Raises:
+            OSError: the local file cannot be read; the builtin error of its kind.
+            SandboxFileError: the remote one cannot be written.
+        """
+        path = path_bytes(remote_path)
+        with open(local_path, "rb") as source:
+            size = os.fstat(source.fileno()).st_size
+            if size <= PART_BYTES:
+                first = source.read(PART_BYTES + 1)
+                if len(first) <= PART_BYTES:  # else it has grown meanwhile
+                    return self._write_whole(path, first, make_parents)
+                source.seek(0)
+
+            def parts() -> Iterator[bytes]:
+                while part := source.read(PART_BYTES):
+                    yield part
+
+            return self._upload(path, parts(), size, make_parents)
+
+    @verb
+    def _write_whole(self, path: bytes, data: bytes, make_parents: bool) -> Steps[str]:
+        return to_text((yield from self._ask("write", path, data, False, bool(make_parents))))
+
+    @verb
+    def _upload(
+        self, path: bytes, parts: Iterator[bytes], size: int, make_parents: bool
+    ) -> Steps[str]:
+        return (yield from self._send_parts(path, parts, size, False, make_parents))
+
+    def download_file(
+        self, remote_path: str, local_path: str | Path, *, make_parents: bool = False
+    ) -> Path:
+        """Copy a file of the session to this machine, in constant memory.
+
+        The local file appears whole or not at all: it is written beside its place and put there at
+        the end. One that existed keeps its mode.
+
+        Args:
+            remote_path: a file there.
+            local_path: a file here; a link is followed.
+            make_parents: make missing directories here.
+
+        Returns:
+            The local path, as given.
+
+        Raises:
+            SandboxFileError: the remote file cannot be read.
+            OSError: the local one cannot be written; the builtin error of its kind.
+        """
+        path = path_bytes(remote_path)
+        given = Path(local_path)
+        target = Path(os.path.realpath(given))
+        if target.is_dir():
+            raise IsADirectoryError(21, "Is a directory; name the file in it", str(given))
+        if make_parents:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, beside = tempfile.mkstemp(prefix=f".{target.name[:64]}.", dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as sink:
+                self._download(path, sink.write)
+                os.chmod(beside, mode_for(target))
+            os.replace(beside, target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(beside)
+            raise
+        return given
+
+    @verb
+    def _download(self, path: bytes, write: Callable[[bytes], object]) -> Steps[None]:
+        data = yield from self._ask("read", path, PART_BYTES)
+        if data is not None:
+            write(data)
+            return
+        yield from self._stream_to(path, write)
+
+    # -- execs -----------------------------------------------------------------------------------
+
+    @verb
+    def exec(
+        self,
+        command: str | list[str] | tuple[str, ...],
+        *,
+        shell: bool = False,
+        cwd: str | None = None,
+        env: dict[str, Any] | None = None,
+        timeout_s: float | None = None,
+        stdin: bytes | str | None = None,
+        user: str | None = None,
+        max_output_bytes: int = MAX_OUTPUT_BYTES,
+    ) -> Steps[SandboxExecResult]:
+        """Run a program to its end and give its result. Ending with other than 0 is a result too.
+
+        What the program leaves behind in the background goes on running.
+
+        Args:
+            command: an argument vector; or a string, which is split into one as a shell splits
+                words, with nothing expanded.
+            shell: hand the string to ``/bin/sh -c`` instead.
+            cwd: where it starts; relative to the session's working directory.
+            env: variables for it alone, over the session's; None as a value removes one.
+            timeout_s: seconds until it is killed; by default the sandbox's ``timeout_s``.
+            stdin: its whole input, text as UTF-8; without it, ``/dev/null``.
+            user: whom it runs as: ``name``, ``uid``, ``name:group`` or ``uid:gid``.
+            max_output_bytes: how much of each stream is kept; the rest is dropped, with
+                ``truncated`` set in the result.
+
+        Raises:
+            ExecTimeoutError: it ran longer than ``timeout_s``. It and all that it had started, also
+                in the background, is dead; its output so far is in ``.result``.
+            SandboxFileNotFoundError: ``cwd`` is missing.
+            ExecStartError: it could not be started: too many arguments, no such user, no processes
+                left. (A missing program gives 127, one that is not executable 126.)
+            InvalidOptionError: an argument breaks its rule.
+        """
+        request, data = self._request(
+            command, shell, cwd, env, timeout_s, stdin, user, max_output_bytes
+        )
+        outcome: ExecOutcome = yield from self._ask("exec", request, data)
+        return self._result(request, outcome, outcome.stdout, outcome.stderr)
+
+    def exec_stream(
+        self,
+        command: str | list[str] | tuple[str, ...],
+        *,
+        shell: bool = False,
+        cwd: str | None = None,
+        env: dict[str, Any] | None = None,
+        timeout_s: float | None = None,
+        stdin: bytes | str | None = None,
+        user: str | None = None,
+        max_output_bytes: int = MAX_OUTPUT_BYTES,
+    ) -> SandboxExecStream:
+        """Start a program and give its output as it is written, then an ``exit`` event.
+
+        It starts at once. It is held up while its output is not taken. Leaving a ``with`` block,
+        `SandboxExecStream.close`, or dropping the iterator kills the program and all it started.
+
+        Args:
+            command: as for `exec`, and so are the others.
+            shell: as for `exec`.
+            cwd: as for `exec`.
+            env: as for `exec`.
+            timeout_s: as for `exec`; the iterator raises `ExecTimeoutError`.
+            stdin: as for `exec`.
+            user: as for `exec`.
+            max_output_bytes: how much of each stream the result at the end holds; events come all.
+
+        Raises:
+            InvalidOptionError: an argument breaks its rule.
+        """
+        request, data = self._request(
+            command, shell, cwd, env, timeout_s, stdin, user, max_output_bytes
+        )
+        self._enter()
+        try:
+            return SandboxExecStream(self, request, data)
+        except BaseException:
+            self._leave()
+            raise
+
+    # -- end -------------------------------------------------------------------------------------
+
+    def close(self) -> CloseReport:
+        """End its programs and remove what it worked in; idempotent."""
+        with self._lock:
+            if self._closed:
+                return CloseReport(closed=False, note="it was closed before")
+            self._closed = True
+        return self._ref.close()
+
+    def __enter__(self) -> SandboxSession:
+        """Give the session."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close it."""
+        self.close()
+
+    async def __aenter__(self) -> SandboxSession:
+        """Give the session."""
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Close it."""
+        await self.aio.close()
+
+    def __reduce__(self) -> tuple[Callable[[str], SandboxSession], tuple[str]]:
+        """Travel as the handle; the other side attaches."""
+        if self._local:
+            raise SerializationError(
+                f"{self!r} cannot travel: it is part of this process. Use create or named for a "
+                f"session that others can reach."
+            )
+        return _from_handle, (self.handle_json,)
+
+    def __repr__(self) -> str:
+        """Name the definition and the session, and say where it works."""
+        where = ", on this machine without isolation" if self._local else ""
+        state = "closed" if self._closed else "open"
+        return f"<apothic.SandboxSession {self._sandbox.label} {self.id!r} ({state}{where})>"
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SandboxClosedError(
+                f"{self._sandbox.label} {self.id!r} is closed: this process closed it. Open another "
+                f"session."
+            )
+
+    def _enter(self) -> None:
+        self._check_open()
+        limit = self._sandbox.options.max_pending_tasks
+        with self._lock:
+            if self._pending >= limit:
+                raise PendingTasksExceededError(
+                    f"{self._sandbox.label} {self.id!r} has {self._pending} unfinished verbs of this "
+                    f"process, which is max_pending_tasks={limit}. Wait for some, close streams, or "
+                    f"raise max_pending_tasks."
+                )
+            self._pending += 1
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._pending -= 1
+
+    def _ask(self, name: str, *args: Any) -> Steps[Any]:
+        self._enter()
+        try:
+            return (yield self._ref.call(name, *args))
+        finally:
+            self._leave()
+
+    def _read(self, path: str) -> Steps[bytes]:
+        data: bytes | None = yield from self._ask("read", path_bytes(path), PART_BYTES)
+        if data is not None:
+            return data
+        pieces = bytearray()
+        yield from self._stream_to(path_bytes(path), pieces.extend)
+        return bytes(pieces)
+
+    def _stream_to(self, path: bytes, take: Callable[[bytes], object]) -> Steps[None]:
+        self._enter()
+        try:
+            stream = self._ref.stream("read_stream", path)
+            try:
+                while (piece := (yield stream)) is not END:
+                    take(piece)
+            except BaseException:
+                stream.close()
+                raise
+        finally:
+            self._leave()
+
+    def _write(
+        self, path: str, content: bytes | bytearray | memoryview, append: bool, make_parents: bool
+    ) -> Steps[str]:
+        where = path_bytes(path)
+        view = memoryview(content).cast("B")
+        if len(view) <= PART_BYTES:
+            return to_text(
+                (
+                    yield from self._ask(
+                        "write", where, bytes(content), bool(append), bool(make_parents)
+                    )
+                )
+            )
+        parts = (bytes(view[at : at + PART_BYTES]) for at in range(0, len(view), PART_BYTES))
+        return (yield from self._send_parts(where, parts, len(view), append, make_parents))
+
+    def _send_parts(
+        self, path: bytes, parts: Iterator[bytes], size: int, append: bool, make_parents: bool
+    ) -> Steps[str]:
+        """Send the parts of a file, a few ahead of their confirmation."""
+        self._enter()
+        try:
+            upload: str = yield self._ref.call(
+                "upload_begin", path, size, bool(append), bool(make_parents)
+            )
+            waiting: list[CallRef] = []
+            try:
+                offset = 0
+                for part in parts:
+                    waiting.append(self._ref.call("upload_part", upload, offset, part))
+                    offset += len(part)
+                    if len(waiting) >= PARTS_IN_FLIGHT:
+                        yield waiting.pop(0)
+                while waiting:
+                    yield waiting.pop(0)
+                return to_text((yield self._ref.call("upload_end", upload)))
+            except BaseException:
+                # Not waited for: it may be because the session is gone that we are here.
+                with contextlib.suppress(Exception):
+                    self._ref.call("upload_abort", upload)
+                raise
+        finally:
+            self._leave()
+
+    def _request(
+        self,
+        command: str | Sequence[str],
+        shell: bool,
+        cwd: str | None,
+        env: Mapping[str, Any] | None,
+        timeout_s: float | None,
+        stdin: bytes | str | None,
+        user: str | None,
+        max_output_bytes: int,
+    ) -> tuple[ExecRequest, bytes | None]:
+        limit_s = self._sandbox.options.timeout_s
+        request = ExecRequest(
+            argv=argv_bytes(command, shell),
+            timeout_s=limit_s if timeout_s is None else check_seconds("timeout_s", timeout_s),
+            max_output_bytes=check_count("max_output_bytes", max_output_bytes, 0),
+            cwd=None if cwd is None else path_bytes(cwd),
+            env=None if env is None else env_bytes(env),
+            user=b"" if user is None else user_bytes(user),
+        )
+        return request, input_bytes(stdin)
+
+    def _result(
+        self, request: ExecRequest, outcome: ExecOutcome, stdout: bytes, stderr: bytes
+    ) -> SandboxExecResult:
+        """Make the result, or raise the timeout that holds it."""
+        result = SandboxExecResult(
+            command=tuple(map(to_text, request.argv)),
+            returncode=outcome.returncode,
+            stdout_bytes=stdout,
+            stderr_bytes=stderr,
+            duration_s=outcome.duration_s,
+            signal=outcome.signal,
+            stdout_truncated=outcome.stdout_truncated,
+            stderr_truncated=outcome.stderr_truncated,
+            oom_killed=outcome.oom_killed,
+            memory_mb=None if self._local else self._sandbox.options.memory_mb,
+        )
+        if outcome.timed_out:
+            raise ExecTimeoutError(
+                f"{result.command_text} ran longer than timeout_s={request.timeout_s:g}: it and all "
+                f"that it had started was killed; .result has its output so far. Raise timeout_s for "
+                f"work that takes long.",
+                result,
+            )
+        return result
+
+
+class SandboxSessionAio(Twin[SandboxSession]):
+    """Async twins of `SandboxSession`: calls are awaited natively, on no thread."""
+
+    __slots__ = ()
+
+    inspect: Final = twin(SandboxSession.inspect)
+    pwd: Final = awaited(SandboxSession.pwd)
+    get_env: Final = awaited(SandboxSession.get_env)
+    chdir: Final = awaited(SandboxSession.chdir)
+    update_env: Final = awaited(SandboxSession.update_env)
+    unset_env: Final = awaited(SandboxSession.unset_env)
+    exists: Final = awaited(SandboxSession.exists)
+    listdir: Final = awaited(SandboxSession.listdir)
+    mkdir: Final = awaited(SandboxSession.mkdir)
+    read_text: Final = awaited(SandboxSession.read_text)
+    write_text: Final = awaited(SandboxSession.write_text)
+    read_bytes: Final = awaited(SandboxSession.read_bytes)
+    write_bytes: Final = awaited(SandboxSession.write_bytes)
+    exec: Final = awaited(SandboxSession.exec)
+    # These also work on files of this machine, which would hold up the loop.
+    upload_file: Final = twin(SandboxSession.upload_file)
+    download_file: Final = twin(SandboxSession.download_file)
+    close: Final = twin(SandboxSession.close)
+
+    async def set_env(self, **kwargs: Any) -> dict[str, str]:
+        """Do what `update_env` does with keywords."""
+        return await self.update_env(kwargs)
+
+    def exec_stream(
+        self,
+        command: str | list[str] | tuple[str, ...],
+        *,
+        shell: bool = False,
+        cwd: str | None = None,
+        env: dict[str, Any] | None = None,
+        timeout_s: float | None = None,
+        stdin: bytes | str | None = None,
+        user: str | None = None,
+        max_output_bytes: int = MAX_OUTPUT_BYTES,
+    ) -> SandboxExecStream:
+        """Do what `SandboxSession.exec_stream` does; iterate with ``async for``."""
+        return self._target.exec_stream(
+            command,
+            shell=shell,
+            cwd=cwd,
+            env=env,
+            timeout_s=timeout_s,
+            stdin=stdin,
+            user=user,
+            max_output_bytes=max_output_bytes,
+        )
+
+
+def _from_handle(handle_json: str) -> SandboxSession:
+    from apothic.sandbox import session_from_handle
+
+    return session_from_handle(handle_json)

@@ -1,0 +1,604 @@
+"""`SessionCore`: what every verb of a sandbox session does, on any `apothic.workspace.Workspace`.
+
+A plain object on one event loop, with no engine in it. An engine's actor makes one and forwards to it
+the verbs that `VERBS` and `STREAMS` name; a local session has one in this process. Their arguments and
+results are `apothic.backend`'s: text is bytes here (names of files need not be text), one call of the
+seam is one call here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import stat
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from typing import NamedTuple
+
+from apothic.backend import ExecOutcome, ExecRequest
+from apothic.errors import (
+    ExecStartError,
+    SandboxClosedError,
+    SandboxError,
+    SandboxFileError,
+    SandboxFileExistsError,
+    SandboxFileNotFoundError,
+    SandboxIsADirectoryError,
+    SandboxNoSpaceError,
+    SandboxNotADirectoryError,
+    SandboxPermissionError,
+)
+from apothic.workspace import (
+    Command,
+    FileWriter,
+    OutputKind,
+    Process,
+    StartFailure,
+    StartStage,
+    Workspace,
+)
+
+__all__ = ["KILL_GRACE_S", "STREAMS", "VERBS", "SessionCore", "SessionStatus", "file_error"]
+
+VERBS = (
+    "pwd", "get_env", "chdir", "update_env", "exists", "listdir", "mkdir", "read", "write",
+    "upload_begin", "upload_part", "upload_end", "upload_abort", "exec",
+)  # fmt: skip
+"""Verbs that give one value."""
+
+STREAMS = ("exec_stream", "read_stream")
+"""Verbs that give several, as async iterators; closing one early ends what it does."""
+
+KILL_GRACE_S = 1.0
+"""Seconds between SIGTERM and SIGKILL for what ran too long or is not wanted any more."""
+
+READ_BYTES = 1024 * 1024
+"""How much `read_stream` gives at once."""
+
+UPLOAD_IDLE_S = 300.0
+"""Seconds after which an upload that nobody continues is given up."""
+
+_FILE_ERRORS: Mapping[int, type[SandboxFileError]] = {
+    errno.ENOENT: SandboxFileNotFoundError,
+    errno.EEXIST: SandboxFileExistsError,
+    errno.EISDIR: SandboxIsADirectoryError,
+    errno.ENOTDIR: SandboxNotADirectoryError,
+    errno.EACCES: SandboxPermissionError,
+    errno.EPERM: SandboxPermissionError,
+    errno.EROFS: SandboxPermissionError,
+    errno.ENOSPC: SandboxNoSpaceError,
+    errno.EDQUOT: SandboxNoSpaceError,
+}
+_NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
+_NOT_EXECUTABLE = (errno.EACCES, errno.EPERM, errno.ENOEXEC, errno.EISDIR, errno.ELOOP)
+
+
+class SessionStatus(NamedTuple):
+    """How a session is, for `SandboxRef.inspect`."""
+
+    cwd: bytes
+    running_calls: int
+    finished_calls: int
+    started_unix_s: float
+
+
+class SessionCore:
+    """One session: its working directory, its variables, its limits, and its verbs."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        *,
+        label: str,
+        secrets: Mapping[bytes, bytes] | None = None,
+        concurrent_requests: int = 1,
+    ) -> None:
+        """Wrap a workspace; `start` must come before any verb.
+
+        Args:
+            workspace: where it works.
+            label: names the session in messages.
+            secrets: variables of every exec, below the session's own.
+            concurrent_requests: above 1, so many execs run at once and the others wait their turn.
+                1 says nothing: as it is the default, it cannot mean that a program which another
+                exec waits for would never start.
+        """
+        self._workspace = workspace
+        self._label = label
+        self._secrets = dict(secrets or {})
+        limited = concurrent_requests > 1
+        self._slots = asyncio.Semaphore(concurrent_requests) if limited else None
+        self._base: dict[bytes, bytes] = {}
+        self._own: dict[bytes, bytes | None] = {}
+        self._cwd = b"/"
+        self._saving = asyncio.Lock()
+        self._uploads: dict[str, _Upload] = {}
+        self._running = 0
+        self._finished = 0
+        self._started_unix_s = time.time()
+        self._closed = False
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def start(self, cwd: bytes, env: Mapping[bytes, bytes | None]) -> None:
+        """Make ``cwd`` if it is missing and note both; a workspace that has a state keeps its own.
+
+        Raises:
+            SandboxFileError: ``cwd`` cannot be a directory.
+        """
+        self._base = {**await self._workspace.environ(), **self._secrets}
+        state = await self._workspace.load_state()
+        if state:
+            self._cwd, self._own = _unpack_state(state)
+            return
+        self._cwd = _join(b"/", cwd)
+        self._own = dict(env)
+        if self._cwd != b"/":
+            with _typed(self._cwd):
+                await self._workspace.mkdir(self._cwd, parents=True, exist_ok=True)
+        await self._save()
+
+    async def close(self) -> None:
+        """End every program and the workspace; idempotent. Verbs that run fail as those that come."""
+        self._closed = True
+        for upload in self._uploads.values():
+            upload.timer.cancel()
+        self._uploads.clear()
+        await self._workspace.close()
+
+    def status(self) -> SessionStatus:
+        """Tell how it is."""
+        return SessionStatus(self._cwd, self._running, self._finished, self._started_unix_s)
+
+    # -- directory and variables -----------------------------------------------------------------
+
+    async def pwd(self) -> bytes:
+        """Give the working directory."""
+        with self._call():
+            return self._cwd
+
+    async def get_env(self) -> dict[bytes, bytes]:
+        """Give the environment that an exec sees."""
+        with self._call():
+            return _overlaid(self._base, self._own)
+
+    async def chdir(self, path: bytes) -> bytes:
+        """Change the working directory; ``..`` is the directory that the path names, as in a shell."""
+        with self._call():
+            target = os.path.normpath(_join(self._cwd, path))
+            # Two leading slashes are one, whatever POSIX allows them to mean.
+            target = b"/" + target.lstrip(b"/")
+            with _typed(target):
+                found = await self._workspace.stat(target)
+            if not stat.S_ISDIR(found.mode):
+                raise file_error(errno.ENOTDIR, target)
+            self._cwd = target
+            await self._save()
+            return target
+
+    async def update_env(self, values: Mapping[bytes, bytes | None]) -> dict[bytes, bytes]:
+        """Set variables, None removes one; give the environment that an exec now sees."""
+        with self._call():
+            self._own.update(values)
+            await self._save()
+            return _overlaid(self._base, self._own)
+
+    # -- files -----------------------------------------------------------------------------------
+
+    async def exists(self, path: bytes) -> bool:
+        """Tell whether something is at a path, at the end of its links."""
+        with self._call():
+            target = _join(self._cwd, path)
+            try:
+                with _typed(target):
+                    await self._workspace.stat(target)
+            except SandboxFileError as error:
+                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    return False
+                raise
+            return True
+
+    async def listdir(self, path: bytes) -> list[bytes]:
+        """Give the names in a directory, sorted."""
+        with self._call():
+            target = _join(self._cwd, path)
+            with _typed(target):
+                return sorted(await self._workspace.listdir(target))
+
+    async def mkdir(self, path: bytes, parents: bool, exist_ok: bool) -> bytes:
+        """Make a directory; give its absolute path."""
+        with self._call():
+            target = _join(self._cwd, path)
+            with _typed(target):
+                await self._workspace.mkdir(target, parents=parents, exist_ok=exist_ok)
+            return target
+
+    async def read(self, path: bytes, limit: int) -> bytes | None:
+        """Give a whole file of up to ``limit`` bytes; None when it is longer."""
+        with self._call():
+            target = _join(self._cwd, path)
+            with _typed(target):
+                reader = await self._workspace.open_reader(target)
+                try:
+                    pieces, size = [], 0
+                    while size <= limit and (piece := await reader.read(limit + 1 - size)):
+                        pieces.append(piece)
+                        size += len(piece)
+                finally:
+                    await reader.close()
+            if size > limit:
+                return None
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def read_stream(self, path: bytes) -> AsyncIterator[bytes]:
+        """Give a file in pieces; the same file throughout, whatever happens to its name."""
+        with self._call():
+            target = _join(self._cwd, path)
+            with _typed(target):
+                reader = await self._workspace.open_reader(target)
+            try:
+                while True:
+                    with _typed(target):
+                        piece = await reader.read(READ_BYTES)
+                    if not piece:
+                        break
+                    yield piece
+            finally:
+                await reader.close()
+
+    async def write(self, path: bytes, data: bytes, append: bool, make_parents: bool) -> bytes:
+        """Write a whole file; give its absolute path."""
+        with self._call():
+            target = _join(self._cwd, path)
+            with _typed(target, writing=True):
+                writer = await self._workspace.open_writer(
+                    target, append=append, make_parents=make_parents, size=len(data)
+                )
+                try:
+                    await writer.write(data)
+                    await writer.finish()
+                finally:
+                    await writer.abort()
+            return target
+
+    async def upload_begin(
+        self, path: bytes, size: int | None, append: bool, make_parents: bool
+    ) -> str:
+        """Begin to write a file in parts; give the upload's id."""
+        with self._call():
+            target = _join(self._cwd, path)
+            with _typed(target, writing=True):
+                writer = await self._workspace.open_writer(
+                    target, append=append, make_parents=make_parents, size=size
+                )
+            upload_id = uuid.uuid4().hex
+            self._uploads[upload_id] = _Upload(target, writer, lambda: self._give_up(upload_id))
+            return upload_id
+
+    async def upload_part(self, upload_id: str, offset: int, data: bytes) -> None:
+        """Write the next part; one that overtook another waits for it."""
+        with self._call():
+            await self._upload(upload_id).write(offset, data)
+
+    async def upload_end(self, upload_id: str) -> bytes:
+        """End an upload; give the file's absolute path."""
+        with self._call():
+            upload = self._upload(upload_id)
+            del self._uploads[upload_id]
+            upload.timer.cancel()
+            try:
+                with _typed(upload.path, writing=True):
+                    await upload.writer.finish()
+            finally:
+                await upload.writer.abort()
+            return upload.path
+
+    async def upload_abort(self, upload_id: str) -> None:
+        """Give an upload up; a new file is removed. Idempotent."""
+        upload = self._uploads.pop(upload_id, None)
+        if upload is not None:
+            upload.timer.cancel()
+            await upload.abort()
+
+    # -- execs -----------------------------------------------------------------------------------
+
+    async def exec(self, request: ExecRequest, stdin: bytes | None) -> ExecOutcome:
+        """Run a program to its end."""
+        kept: dict[OutputKind, _Kept] = {
+            "stdout": _Kept(request.max_output_bytes),
+            "stderr": _Kept(request.max_output_bytes),
+        }
+        outcome: ExecOutcome | None = None
+        async with aclosing(self._run(request, stdin)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, ExecOutcome):
+                    outcome = piece
+                else:
+                    kept[piece[0]].add(piece[1])
+        assert outcome is not None
+        out, err = kept["stdout"], kept["stderr"]
+        return outcome._replace(
+            stdout=out.join(),
+            stderr=err.join(),
+            stdout_truncated=out.truncated,
+            stderr_truncated=err.truncated,
+        )
+
+    async def exec_stream(
+        self, request: ExecRequest, stdin: bytes | None
+    ) -> AsyncIterator[tuple[OutputKind, bytes] | ExecOutcome]:
+        """Run a program and give its output as it comes, then how it ended.
+
+        Output is limited only by how fast it is taken. Closing the iterator kills the program.
+        """
+        async with aclosing(self._run(request, stdin)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _run(
+        self, request: ExecRequest, stdin: bytes | None
+    ) -> AsyncGenerator[tuple[OutputKind, bytes] | ExecOutcome, None]:
+        with self._call():
+            async with self._slots or contextlib.nullcontext():
+                command = self._command(request, stdin)
+                timeout = _Timeout()
+                process: Process | None = None
+                try:
+                    process = await self._workspace.spawn(command)
+                    timeout.start(process, request.timeout_s)
+                    while (piece := await process.next_output()) is not None:
+                        yield piece
+                    await timeout.end()
+                except StartFailure as failure:
+                    timeout.cancel()
+                    if process is not None:
+                        process.detach()
+                    returncode, words = self._not_started(failure, command)
+                    yield "stderr", words
+                    yield ExecOutcome(returncode)
+                    return
+                except BaseException:
+                    timeout.cancel()
+                    if process is not None:
+                        await asyncio.shield(process.kill(KILL_GRACE_S, discard_output=True))
+                        process.detach()
+                    raise
+                process.detach()
+                ended = process.exit
+                yield ExecOutcome(
+                    returncode=ended.status
+                    if ended.status is not None
+                    else 128 + (ended.signal or 0),
+                    signal=ended.signal,
+                    duration_s=ended.duration_s,
+                    oom_killed=ended.oom_killed,
+                    timed_out=timeout.expired,
+                )
+
+    def _command(self, request: ExecRequest, stdin: bytes | None) -> Command:
+        env = _overlaid(self._base, self._own)
+        if request.user and self._own.get(b"HOME") is None:
+            env.pop(b"HOME", None)  # the base's is another user's; the workspace sets the right one
+        return Command(
+            argv=request.argv,
+            cwd=self._cwd if request.cwd is None else _join(self._cwd, request.cwd),
+            env=_overlaid(env, request.env) if request.env else env,
+            user=request.user,
+            stdin=stdin,
+        )
+
+    def _not_started(self, failure: StartFailure, command: Command) -> tuple[int, bytes]:
+        """Give the result of a program that is missing or not executable; raise what is no result."""
+        number = failure.errno
+        program = command.argv[0]
+        if failure.stage is StartStage.PROGRAM and number in _NOT_FOUND:
+            where = b"" if b"/" in program else b" in PATH"
+            return 127, b"%s: not found%s\n" % (program, where)
+        if failure.stage is StartStage.PROGRAM and number in _NOT_EXECUTABLE:
+            return 126, b"%s: cannot be executed: %s\n" % (program, os.strerror(number).encode())
+        if failure.stage is StartStage.CWD:
+            raise file_error(number, command.cwd)
+        name = _shown(program)
+        if failure.stage is StartStage.USER:
+            raise ExecStartError(
+                f"{self._label}: user={_shown(command.user)} cannot run {name}: "
+                f"{os.strerror(number)}. Name a user that exists inside and that this session may "
+                f"become.",
+                number,
+            )
+        remedy = {
+            errno.E2BIG: "Pass less in arguments and variables, or use stdin or a file.",
+            errno.EAGAIN: "The limit of processes is reached: end some.",
+            errno.ENOMEM: "Memory is short: end some processes, or raise memory_mb.",
+        }.get(number, "Look at what else runs in the session.")
+        raise ExecStartError(
+            f"{self._label}: {name} could not be started: {os.strerror(number)}. {remedy}", number
+        )
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        if self._closed:
+            raise SandboxClosedError(f"{self._label} is closed. Open another session.")
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            self._finished += 1
+
+    async def _save(self) -> None:
+        async with self._saving:
+            await self._workspace.save_state(_pack_state(self._cwd, self._own))
+
+    def _upload(self, upload_id: str) -> _Upload:
+        upload = self._uploads.get(upload_id)
+        if upload is None:
+            raise SandboxError(
+                f"{self._label}: the upload is no longer open: it was given up after "
+                f"{UPLOAD_IDLE_S:g} s without a part, or the session was restarted. Begin again."
+            )
+        return upload
+
+    def _give_up(self, upload_id: str) -> None:
+        task = asyncio.get_running_loop().create_task(self.upload_abort(upload_id))
+        self._abandoning = task  # a task that nobody holds may be collected
+
+
+class _Timeout:
+    """Kills a process after a time, whether or not its output is being taken."""
+
+    def __init__(self) -> None:
+        self.expired = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._killing: asyncio.Task[None] | None = None
+
+    def start(self, process: Process, timeout_s: float) -> None:
+        loop = asyncio.get_running_loop()
+
+        def expire() -> None:
+            self.expired = True
+            self._killing = loop.create_task(process.kill(KILL_GRACE_S))
+
+        self._timer = loop.call_later(timeout_s, expire)
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def end(self) -> None:
+        """Stop the clock; if it had run out, wait until nothing is alive."""
+        self.cancel()
+        if self._killing is not None:
+            await self._killing
+
+
+class _Kept:
+    """Output up to a limit; what comes beyond it is dropped."""
+
+    def __init__(self, limit: int) -> None:
+        self._pieces: list[bytes] = []
+        self._left = limit
+        self.truncated = False
+
+    def add(self, data: bytes) -> None:
+        if len(data) > self._left:
+            self.truncated = True
+            data = data[: self._left]
+        if data:
+            self._left -= len(data)
+            self._pieces.append(data)
+
+    def join(self) -> bytes:
+        return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+
+
+class _Upload:
+    """A file that comes in parts."""
+
+    def __init__(self, path: bytes, writer: FileWriter, give_up: Callable[[], None]) -> None:
+        self.path = path
+        self.writer = writer
+        self._give_up = give_up
+        self._offset = 0
+        self._failure: BaseException | None = None
+        self._moved = asyncio.Condition()
+        self.timer = self._fresh_timer()
+
+    def _fresh_timer(self) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(UPLOAD_IDLE_S, self._give_up)
+
+    async def write(self, offset: int, data: bytes) -> None:
+        self.timer.cancel()
+        self.timer = self._fresh_timer()
+        async with self._moved:
+            await self._moved.wait_for(lambda: self._offset == offset or self._failure is not None)
+            if self._failure is not None:
+                raise self._failure
+            try:
+                with _typed(self.path, writing=True):
+                    await self.writer.write(data)
+                self._offset += len(data)
+            except BaseException as error:
+                self._failure = error
+                raise
+            finally:
+                self._moved.notify_all()
+
+    async def abort(self) -> None:
+        async with self._moved:
+            self._failure = SandboxError(f"the upload to {_shown(self.path)} was given up.")
+            self._moved.notify_all()
+        await self.writer.abort()
+
+
+def file_error(number: int, path: bytes, *, writing: bool = False) -> SandboxFileError:
+    """Give the typed error for an errno at a path."""
+    remedy = ""
+    if number == errno.ENOENT and writing:
+        remedy = " Its directory is missing: make_parents=True makes it."
+    elif number == errno.EOPNOTSUPP:
+        remedy = " Only regular files and devices can be read and written; use exec for the others."
+    text = f"{_shown(path)}: {os.strerror(number)}.{remedy}"
+    kind = _FILE_ERRORS.get(number, SandboxFileError)
+    return kind(text, number, path.decode("utf-8", "surrogateescape"))
+
+
+@contextmanager
+def _typed(path: bytes, *, writing: bool = False) -> Iterator[None]:
+    """Have plain errors of the kernel come as ours, with the path."""
+    try:
+        yield
+    except SandboxError:
+        raise
+    except OSError as error:
+        raise file_error(error.errno or errno.EIO, path, writing=writing) from None
+
+
+def _shown(value: bytes) -> str:
+    return repr(value.decode("utf-8", "backslashreplace"))
+
+
+def _join(cwd: bytes, path: bytes) -> bytes:
+    """Make a path absolute. ``..`` stays, since only the kernel knows where links lead."""
+    parts = [part for part in b"/".join((cwd, path)).split(b"/") if part not in (b"", b".")]
+    if path.startswith(b"/"):
+        parts = [part for part in path.split(b"/") if part not in (b"", b".")]
+    return b"/" + b"/".join(parts)
+
+
+def _overlaid(
+    base: Mapping[bytes, bytes], over: Mapping[bytes, bytes | None]
+) -> dict[bytes, bytes]:
+    result = dict(base)
+    for name, value in over.items():
+        if value is None:
+            result.pop(name, None)
+        else:
+            result[name] = value
+    return result
+
+
+def _pack_state(cwd: bytes, own: Mapping[bytes, bytes | None]) -> bytes:
+    def text(value: bytes) -> str:
+        return value.decode("utf-8", "surrogateescape")
+
+    env = {text(name): None if value is None else text(value) for name, value in own.items()}
+    return json.dumps({"version": 1, "cwd": text(cwd), "env": env}).encode()
+
+
+def _unpack_state(state: bytes) -> tuple[bytes, dict[bytes, bytes | None]]:
+    def data(value: str) -> bytes:
+        return value.encode("utf-8", "surrogateescape")
+
+    found = json.loads(state)
+    env = {
+        data(name): None if value is None else data(value) for name, value in found["env"].items()
+    }
+    return data(found["cwd"]), env

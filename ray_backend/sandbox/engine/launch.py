@@ -1,0 +1,85 @@
+"""From a spec to a running container with an attached stream, and nothing left when that fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ray_backend.sandbox.engine.attach import AttachedStream
+from ray_backend.sandbox.engine.connection import CreatedContainer, DiskLimit, Engine
+from ray_backend.sandbox.engine.container import ContainerSpec
+from ray_backend.sandbox.engine.faults import FaultPoint, no_fault
+
+__all__ = ["Launched", "launch"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A running container.
+
+    Attributes:
+        id: the engine's id.
+        stream: PID 1's stdin, stdout and stderr, attached before it started.
+        disk_limit: as in `CreatedContainer`.
+    """
+
+    id: str
+    stream: AttachedStream
+    disk_limit: DiskLimit
+
+
+async def launch(engine: Engine, spec: ContainerSpec, *, at: FaultPoint = no_fault) -> Launched:
+    """Create, attach, start: about 145 ms. When it fails or is cancelled, the container is removed.
+
+    Args:
+        engine: where.
+        spec: what; its image, volume and network are there.
+        at: called with ``create``, ``created``, ``attached``, ``started``.
+
+    Raises:
+        ImageNotFoundError: when the image is not present.
+        SandboxEngineError: when the engine refuses or fails.
+    """
+    created: list[CreatedContainer] = []
+    stream: AttachedStream | None = None
+    try:
+        at("create")
+        await _in_thread(lambda: created.append(engine.create_container(spec)))
+        container = created[0]
+        at("created")
+        stream = await AttachedStream.open(engine, container.id)
+        at("attached")
+        await _in_thread(lambda: engine.start(container.id))
+        at("started")
+    except BaseException:
+        if stream is not None:
+            stream.abort()
+        if created:
+            await _in_thread(lambda: engine.remove(created[0].id))
+        raise
+    return Launched(container.id, stream, container.disk_limit)
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    """Run a blocking call; when cancelled, wait for it first, so that what it made is known."""
+    running = asyncio.ensure_future(asyncio.to_thread(call))
+    cancelled: asyncio.CancelledError | None = None
+    while True:
+        try:
+            result = await asyncio.shield(running)
+        except asyncio.CancelledError as error:
+            if running.cancelled():
+                raise
+            cancelled = error
+            continue
+        except Exception:
+            if cancelled is not None:
+                raise cancelled from None
+            raise
+        if cancelled is not None:
+            raise cancelled
+        return result

@@ -1,0 +1,174 @@
+"""The network of sandboxes with ``network="internet"``: a bridge of its own, one per cluster and node.
+
+Containers on it reach public addresses and nothing else: not one another, not the host under any of
+its addresses, no private range, not the cluster's nodes. Where that is not in force, no container
+starts. IPv6 is off on it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import docker.errors
+
+from ray_backend.sandbox.engine.connection import Engine
+from ray_backend.sandbox.engine.faults import FaultPoint, no_fault
+from ray_backend.sandbox.engine.firewall import (
+    BRIDGE_PREFIX,
+    Rules,
+    enforce,
+    host_name_servers,
+    remove_rules,
+)
+from ray_backend.sandbox.engine.labels import BRIDGE, NETWORK, OwnerLabels
+from ray_backend.sandbox.engine.locks import held, held_if_free
+from ray_backend.sandbox.engine.translate import translated
+
+__all__ = [
+    "DNS_VARIABLE",
+    "InternetNetwork",
+    "internet_network",
+    "list_networks",
+    "release_internet",
+    "remove_network_if_unused",
+]
+
+DNS_VARIABLE = "APOTHIC_SANDBOX_DNS"
+"""IPv4 name servers for sandboxes, separated by commas; the host's own when not set."""
+
+
+@dataclass(frozen=True)
+class InternetNetwork:
+    """A network of ours on an engine.
+
+    Attributes:
+        id: for `ContainerSpec.network`.
+        name: readable.
+        bridge: its interface on the host.
+        dns: for `ContainerSpec.dns`.
+        owner: whose it is; None when the labels are not all ours.
+    """
+
+    id: str
+    name: str
+    bridge: str
+    owner: OwnerLabels | None
+    dns: tuple[str, ...] = ()
+
+
+@contextmanager
+def internet_network(
+    engine: Engine,
+    owner: OwnerLabels,
+    *,
+    blocked: Sequence[str] = (),
+    at: FaultPoint = no_fault,
+) -> Iterator[InternetNetwork]:
+    """Give the cluster's network, made if need be and seen to isolate; about 0.8 s.
+
+    It stays while the block runs: create and start the container in it.
+
+    Args:
+        engine: where.
+        owner: for whom.
+        blocked: IPv4 addresses of the cluster's nodes and other networks to keep out of reach.
+        at: called with ``network``, ``network-rules``.
+
+    Raises:
+        SandboxNetworkError: when the node cannot enforce the isolation, with the reason.
+    """
+    shared = OwnerLabels(owner.cluster, owner.namespace, owner.raylet)
+    given = os.environ.get(DNS_VARIABLE, "").replace(",", " ").split()
+    with held("network", engine.info.id, owner.cluster, owner.namespace, shared=True):
+        with held("network-setup", engine.info.id):
+            network = _find(engine, shared) or _create(engine, shared)
+            at("network")
+            servers = tuple(given) or host_name_servers(engine, shared)
+            enforce(engine, shared, Rules(network.bridge, servers, tuple(blocked)))
+            at("network-rules")
+        yield InternetNetwork(network.id, network.name, network.bridge, network.owner, tuple(given))
+
+
+def release_internet(engine: Engine, owner: OwnerLabels) -> bool:
+    """Remove the cluster's network and its rules, unless a container still uses it.
+
+    Call it when a container that used it has gone. False when it stays, or there was none.
+    """
+    network = _find(engine, owner)
+    return network is not None and remove_network_if_unused(engine, network)
+
+
+def list_networks(engine: Engine) -> list[InternetNetwork]:
+    """List the networks of all clusters on the engine."""
+    with translated("list networks"):
+        found = engine.api.networks(filters={"label": NETWORK})
+    return [
+        InternetNetwork(
+            one["Id"],
+            one["Name"],
+            one["Labels"].get(BRIDGE, ""),
+            OwnerLabels.from_labels(one["Labels"]),
+        )
+        for one in found
+    ]
+
+
+def remove_network_if_unused(engine: Engine, network: InternetNetwork) -> bool:
+    """Remove a network and its rules; False when a container or one being created needs it."""
+    if network.owner is None:
+        return False
+    owner = network.owner
+    # Not waited for: who holds it creates a container just now.
+    with held_if_free("network", engine.info.id, owner.cluster, owner.namespace) as free:
+        if not free:
+            return False
+        with translated(f"remove the network {network.name!r}"):
+            # The engine's own filter for networks overlooks containers that never ran.
+            modes = [one["HostConfig"]["NetworkMode"] for one in engine.api.containers(all=True)]
+            if network.id in modes or network.name in modes:
+                return False
+            try:
+                engine.api.remove_network(network.id)
+            except docker.errors.NotFound:
+                pass
+            except docker.errors.APIError as error:
+                if error.status_code == 403:  # a container joined it
+                    return False
+                raise
+        with held("network-setup", engine.info.id):
+            alive = [one.bridge for one in list_networks(engine)]
+            remove_rules(engine, owner, alive)
+    return True
+
+
+def _find(engine: Engine, owner: OwnerLabels) -> InternetNetwork | None:
+    for network in list_networks(engine):
+        whose = network.owner
+        if whose is not None and (whose.cluster, whose.namespace) == (
+            owner.cluster,
+            owner.namespace,
+        ):
+            return network
+    return None
+
+
+def _create(engine: Engine, owner: OwnerLabels) -> InternetNetwork:
+    bridge = BRIDGE_PREFIX + secrets.token_hex(4)
+    name = f"apothic-internet-{bridge}"
+    with translated("create a network"):
+        made = engine.api.create_network(
+            name,
+            driver="bridge",
+            options={
+                "com.docker.network.bridge.name": bridge,
+                "com.docker.network.bridge.enable_icc": "false",
+                "com.docker.network.bridge.enable_ip_masquerade": "true",
+            },
+            labels={**owner.as_labels(), NETWORK: "internet", BRIDGE: bridge},
+            enable_ipv6=False,
+        )
+    return InternetNetwork(made["Id"], name, bridge, owner)

@@ -1,0 +1,104 @@
+"""Removing what nobody owns any more: a pure decision, and a thin doing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from ray_backend.sandbox.engine.agent_volume import find_unfinished_volumes, remove_volume
+from ray_backend.sandbox.engine.connection import Engine
+from ray_backend.sandbox.engine.images import clean_builds
+from ray_backend.sandbox.engine.labels import CLUSTER, NAMESPACE, OwnerLabels, RayletId
+from ray_backend.sandbox.engine.network import list_networks, remove_network_if_unused
+
+__all__ = ["Swept", "is_doomed", "sweep"]
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep removed: names of containers, volumes and networks, and how many build leftovers."""
+
+    containers: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
+    builds: int = 0
+
+
+def is_doomed(
+    owner: OwnerLabels | None,
+    *,
+    cluster_id: str,
+    namespace: str,
+    live_sessions: Collection[str],
+    raylet_alive: Callable[[RayletId], bool],
+) -> bool:
+    """Decide whether something with these labels has no reason to live.
+
+    =============== ================= ================================
+    its cluster     its namespace     doomed
+    =============== ================= ================================
+    ours            ours              when its session has no lease
+    ours            another           never: another manager looks after it
+    another         ours              when its raylet no longer exists
+    another         another           never
+    =============== ================= ================================
+
+    What lacks a label is foreign and never doomed. What belongs to no session (a network) is looked at
+    by its raylet alone.
+    """
+    if owner is None or owner.namespace != namespace:
+        return False
+    if owner.cluster != cluster_id or not owner.session:
+        return not raylet_alive(owner.raylet)
+    return owner.session not in live_sessions
+
+
+def sweep(
+    engine: Engine,
+    live_sessions: Callable[[], Collection[str]],
+    cluster_id: str,
+    namespace: str,
+    raylet_alive: Callable[[RayletId], bool] = RayletId.is_alive,
+) -> Swept:
+    """Remove containers, volumes and networks of dead owners, and leftovers of killed builds.
+
+    Args:
+        engine: of this node.
+        live_sessions: gives the sessions that have a lease; called after the listing and again just
+            before each removal, so that a session whose lease came meanwhile stays.
+        cluster_id: ours.
+        namespace: ours.
+        raylet_alive: tells whether a raylet still runs; True where it cannot know.
+
+    Raises:
+        SandboxEngineError: when the engine fails; what was removed until then is.
+    """
+
+    def doomed(owner: OwnerLabels | None) -> bool:
+        return is_doomed(
+            owner,
+            cluster_id=cluster_id,
+            namespace=namespace,
+            live_sessions=live_sessions(),
+            raylet_alive=raylet_alive,
+        )
+
+    containers = [
+        found.name
+        for found in engine.list_containers({CLUSTER: None, NAMESPACE: namespace})
+        if doomed(found.owner) and engine.remove(found.id)
+    ]
+    volumes = [
+        name
+        for name, owner in find_unfinished_volumes(engine)
+        if doomed(owner) and remove_volume(engine, name)
+    ]
+    networks = [
+        network.name
+        for network in list_networks(engine)
+        if network.owner is not None
+        and network.owner.namespace == namespace
+        and (network.owner.cluster == cluster_id or doomed(network.owner))
+        and remove_network_if_unused(engine, network)
+    ]
+    return Swept(tuple(containers), tuple(volumes), tuple(networks), clean_builds(engine))

@@ -1,0 +1,1 @@
+"""What sandbox sessions do, wherever they run: each kind inherits the classes of these modules."""

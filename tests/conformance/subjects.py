@@ -1,0 +1,604 @@
+"""What the conformance suites share: classes, the exceptions that they raise, fixtures.
+
+The classes may run in another process: they speak to the tests through results and files alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import os
+import sqlite3
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apothic import (
+    App,
+    ClassInstance,
+    Cls,
+    Retries,
+    enter,
+    exit,
+    method,
+)
+from apothic.errors import (
+    ConflictError,
+)
+
+SMALL: dict[str, Any] = {"cpu": 0, "memory_mb": 10}
+
+app = App("conformance")
+
+
+# -- what the classes share ------------------------------------------------------------------------
+
+
+def note(path: str | None, word: str) -> None:
+    """Add a line to a log file."""
+    if path is not None:
+        with open(path, "a") as file:
+            file.write(f"{word}\n")
+
+
+def wait_for(path: str) -> None:
+    """Wait until a file is there."""
+    while not os.path.exists(path):
+        time.sleep(0.005)
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().split() if path.exists() else []
+
+
+class OddError(Exception):
+    """Its constructor takes other arguments than it passes on."""
+
+    def __init__(self, left: int, *, right: int) -> None:
+        super().__init__(f"{left} against {right}")
+        self.left = left
+        self.right = right
+
+
+class NoTextError(Exception):
+    """It cannot even be shown."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def fail(how: str) -> None:
+    """Raise one of the exceptions of `FAILURES` or `STAND_INS`."""
+    if how == "plain":
+        raise KeyError("plain")
+    if how == "odd":
+        raise OddError(1, right=2)
+    if how == "os":
+        raise FileNotFoundError(2, "No such file", "lost.txt")
+    if how == "unicode":
+        b"\xff".decode()
+    if how == "cause":
+        try:
+            raise OddError(3, right=4)
+        except OddError as error:
+            raise ValueError("on top") from error
+    if how == "note":
+        noted = ValueError("noted")
+        noted.__notes__ = ["look here"]  # type: ignore[attr-defined]  # as add_note does, on 3.10 too
+        raise noted
+    if how == "group":
+        raise getattr(builtins, "ExceptionGroup")(  # noqa: B009 - new in 3.11
+            "many", [ValueError("one"), OddError(5, right=6)]
+        )
+    if how == "ours":
+        raise ConflictError("raised by user code")
+    if how == "lock":
+        locked = ValueError("holds a lock")
+        locked.lock = threading.Lock()  # type: ignore[attr-defined]
+        raise locked
+    if how == "no text":
+        raise NoTextError
+    raise {
+        "exit": SystemExit(3),
+        "interrupt": KeyboardInterrupt("now"),
+        "stop": StopIteration("over"),
+        "generator exit": GeneratorExit("gone"),
+        "base": BaseException("bare"),
+    }[how]
+
+
+FAILURES: list[tuple[str, type[Exception], str]] = [
+    ("plain", KeyError, "'plain'"),
+    ("odd", OddError, "1 against 2"),
+    ("os", FileNotFoundError, "[Errno 2] No such file: 'lost.txt'"),
+    ("unicode", UnicodeDecodeError, "invalid start byte"),
+    ("cause", ValueError, "on top"),
+    ("note", ValueError, "noted"),
+    ("ours", ConflictError, "raised by user code"),
+]
+if sys.version_info >= (3, 11):
+    FAILURES.append(("group", ExceptionGroup, "many (2 sub-exceptions)"))  # noqa: F821
+"""Exceptions that arrive as themselves: name, type, a part of their text."""
+
+STAND_INS = [
+    ("exit", "builtins.SystemExit", "3"),
+    ("interrupt", "builtins.KeyboardInterrupt", "now"),
+    ("stop", "builtins.StopIteration", "over"),
+    ("generator exit", "builtins.GeneratorExit", "gone"),
+    ("base", "builtins.BaseException", "bare"),
+    ("lock", "builtins.ValueError", "holds a lock"),
+    ("no text", f"{__name__}.NoTextError", "<its __str__ raised RuntimeError>"),
+]
+"""Exceptions that arrive as `RemoteError`: name, ``type_name``, ``message``."""
+
+
+# -- classes -------------------------------------------------------------------------------------
+
+
+@app.cls(**SMALL, max_pending_tasks=20, tags=["t"], metadata={"m": 1})
+class Box:
+    """A box of numbers."""
+
+    def __init__(self, value: int = 0, log: str | None = None) -> None:
+        self.value = value
+        self.log = log
+        self.id = uuid.uuid4().hex
+        note(log, "init")
+
+    @enter()
+    def up(self) -> None:
+        note(self.log, "enter")
+
+    @exit()
+    def down(self) -> None:
+        note(self.log, "exit")
+
+    @property
+    def double(self) -> int:
+        return 2 * self.value
+
+    def helper(self) -> int:
+        return self.value
+
+    @method(tags=["sum"])
+    def add(self, n: int = 1, /, *, times: int = 1) -> int:
+        """Add up."""
+        self.value += n * times
+        return self.value
+
+    @method()
+    def who(self) -> str:
+        return self.id
+
+    @method()
+    def nap(self, seconds: float) -> float:
+        note(self.log, "nap")
+        time.sleep(seconds)
+        return seconds
+
+    @method()
+    def hold(self, path: str) -> str:
+        """Note that it runs, then wait for a file."""
+        note(self.log, "hold")
+        wait_for(path)
+        return self.id
+
+    @method()
+    def fail(self, how: str) -> None:
+        fail(how)
+
+    @method()
+    def fail_midway(self, how: str) -> Iterator[int]:
+        yield 1
+        fail(how)
+
+    @method()
+    def echo(self, *args: Any, **kwargs: Any) -> Any:
+        return args, kwargs
+
+    @method()
+    def append(self, items: list[int]) -> list[int]:
+        items.append(len(items))
+        return items
+
+    @method()
+    def lock(self) -> Any:
+        return threading.Lock()
+
+    @method()
+    def count(self, n: int) -> Iterator[int]:
+        try:
+            for number in range(n):
+                note(self.log, str(number))
+                yield number
+        finally:
+            note(self.log, "finally")
+
+    @method()
+    def locks(self) -> Iterator[Any]:
+        yield 1
+        yield threading.Lock()
+
+    @method()
+    def call_other(self, other: Any, n: int) -> int:
+        instance = other if isinstance(other, ClassInstance) else Cls.from_handle(other)
+        return int(instance.add.remote(n))
+
+    @method()
+    def make(self, value: int) -> ClassInstance:
+        return Box.named(f"made-{value}-{self.id}", value)
+
+    @method()
+    def __call__(self, n: int) -> int:
+        return self.value * n
+
+
+@app.cls(**SMALL, concurrent_requests=3)
+class AsyncBox:
+    def __init__(self, log: str | None = None) -> None:
+        self.log = log
+        self.threads = {"init": threading.get_ident()}
+
+    @enter()
+    async def up(self) -> None:
+        await asyncio.sleep(0)
+        note(self.log, "enter")
+
+    @exit()
+    async def down(self) -> None:
+        await asyncio.sleep(0)
+        note(self.log, "exit")
+
+    @method()
+    async def double(self, n: int) -> int:
+        await asyncio.sleep(0)
+        return 2 * n
+
+    @method()
+    def triple(self, n: int) -> int:
+        return 3 * n
+
+    @method()
+    async def nap(self, seconds: float) -> float:
+        note(self.log, "nap")
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            note(self.log, "finally")
+        return seconds
+
+    @method()
+    def sync_nap(self, seconds: float) -> float:
+        note(self.log, "nap")
+        time.sleep(seconds)
+        return seconds
+
+    @method()
+    async def meet(self, mine: str, other: str) -> bool:
+        note(mine, "here")
+        while not os.path.exists(other):
+            await asyncio.sleep(0.005)
+        return True
+
+    @method()
+    async def fail(self, how: str) -> None:
+        await asyncio.sleep(0)
+        fail(how)
+
+    @method()
+    def sync_fail(self, how: str) -> None:
+        fail(how)
+
+    @method()
+    async def count(self, n: int) -> AsyncIterator[int]:
+        try:
+            for number in range(n):
+                yield number
+                await asyncio.sleep(0)
+        finally:
+            note(self.log, "finally")
+
+    @method()
+    def sync_count(self, n: int) -> Iterator[int]:
+        try:
+            yield from range(n)
+        finally:
+            note(self.log, "finally")
+
+    @method()
+    async def fail_midway(self, how: str) -> AsyncIterator[int]:
+        yield 1
+        fail(how)
+
+
+@app.cls(**SMALL)
+class Plain:
+    """No hooks."""
+
+    @method()
+    def one(self) -> int:
+        return 1
+
+
+@app.cls(**SMALL)
+class Threaded:
+    """Everything that it does is on the thread that made its connection."""
+
+    def __init__(self, log: str) -> None:
+        self.log = log
+        self.db = sqlite3.connect(":memory:")
+        self.thread = threading.get_ident()
+
+    @enter()
+    def up(self) -> None:
+        self.db.execute("create table seen (value)")
+
+    @method()
+    def add(self, value: int) -> bool:
+        self.db.execute("insert into seen values (?)", (value,))
+        return threading.get_ident() == self.thread
+
+    @method()
+    def values(self) -> Iterator[int]:
+        for (value,) in self.db.execute("select value from seen order by value"):
+            yield value
+
+    @exit()
+    def down(self) -> None:
+        note(self.log, str(self.db.execute("select count(*) from seen").fetchone()[0]))
+        self.db.close()
+
+
+class HookedBase:
+    def __init__(self, log: str, broken: str = "") -> None:
+        self.log = log
+        self.broken = broken
+        self.do("init")
+
+    def do(self, word: str) -> None:
+        note(self.log, word)
+        if word == self.broken:
+            fail("odd")
+
+    @enter()
+    def base_up(self) -> None:
+        self.do("base_up")
+
+    @exit()
+    def base_down(self) -> None:
+        self.do("base_down")
+
+    @method()
+    def ping(self) -> str:
+        return "base"
+
+
+@app.cls(**SMALL)
+class Hooked(HookedBase):
+    @enter()
+    def z_first(self) -> None:
+        self.do("z_first")
+
+    @enter()
+    async def a_second(self) -> None:
+        self.do("a_second")
+
+    @exit()
+    def z_last(self) -> None:
+        self.do("z_last")
+
+    @exit()
+    def a_down(self) -> None:
+        self.do("a_down")
+
+    def ping(self) -> str:  # keeps the mark of what it overrides
+        return "child of " + super().ping()
+
+
+@app.cls(**SMALL, timeout_s=1, retries=Retries(2, initial_delay=0.01))
+class Flaky:
+    def __init__(self, log: str) -> None:
+        self.log = log
+
+    def attempt(self) -> int:
+        note(self.log, "try")
+        with open(self.log) as file:
+            return len(file.readlines())
+
+    @method()
+    def good_at(self, number: int) -> int:
+        if self.attempt() < number:
+            fail("odd")
+        return number
+
+    @method()
+    def gives_up(self) -> None:
+        self.attempt()
+        fail("exit")
+
+    @method()
+    def slow(self) -> None:
+        self.attempt()
+        time.sleep(60)
+
+    @method()
+    def early(self) -> Iterator[int]:
+        if self.attempt() < 2:
+            fail("odd")
+        yield 1
+
+    @method()
+    def late(self) -> Iterator[int]:
+        self.attempt()
+        yield 1
+        fail("odd")
+
+
+@app.cls(**SMALL, timeout_s=1)
+class Hasty(Box):
+    @method()
+    def spin(self) -> None:
+        while True:
+            pass
+
+
+@app.cls(**SMALL, timeout_s=1)
+class HastyAsync(AsyncBox):
+    pass
+
+
+@app.cls(**SMALL, concurrent_requests=2)
+class Pair:
+    @method()
+    def meet(self, mine: str, other: str) -> bool:
+        note(mine, "here")
+        wait_for(other)
+        return True
+
+
+@app.cls(**SMALL, max_containers=2)
+class Pool(Box):
+    pass
+
+
+@app.cls(**SMALL, max_pending_tasks=3)
+class Narrow(Box):
+    pass
+
+
+@app.cls(**SMALL)
+class Raises:
+    """Raises something somewhere."""
+
+    def __init__(self, where: str = "", how: str = "") -> None:
+        self.where = where
+        self.how = how
+        self.at("construction")
+
+    def at(self, where: str) -> None:
+        if where == self.where:
+            fail(self.how)
+
+    @enter()
+    def up(self) -> None:
+        self.at("enter")
+
+    @exit()
+    def down(self) -> None:
+        self.at("exit")
+
+    @method()
+    def plain(self, how: str) -> None:
+        fail(how)
+
+    @method()
+    def generator(self, how: str, after: int) -> Iterator[int]:
+        yield from range(after)
+        fail(how)
+
+    @method()
+    def fine(self) -> str:
+        return "fine"
+
+
+@app.cls(**SMALL)
+class RaisesAsync:
+    """Does so in coroutines; construction is never one."""
+
+    def __init__(self, where: str = "", how: str = "") -> None:
+        self.where = where
+        self.how = how
+        self.at("construction")
+
+    def at(self, where: str) -> None:
+        if where == self.where:
+            fail(self.how)
+
+    @enter()
+    async def up(self) -> None:
+        self.at("enter")
+
+    @exit()
+    async def down(self) -> None:
+        self.at("exit")
+
+    @method()
+    async def plain(self, how: str) -> None:
+        fail(how)
+
+    @method()
+    def sync_plain(self, how: str) -> None:
+        fail(how)
+
+    @method()
+    async def generator(self, how: str, after: int) -> AsyncIterator[int]:
+        for number in range(after):
+            yield number
+        fail(how)
+
+    @method()
+    def sync_generator(self, how: str, after: int) -> Iterator[int]:
+        yield from range(after)
+        fail(how)
+
+    @method()
+    async def fine(self) -> str:
+        return "fine"
+
+
+class ReadsEnvironment:
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.first = os.environ[key]
+
+    @method()
+    def seen(self) -> tuple[str, str]:
+        return self.first, os.environ[self.key]
+
+
+class KeepsFiles:
+    def __init__(self, path: str) -> None:
+        self.file = Path(path, "file")
+
+    @method()
+    def write(self, text: str) -> None:
+        self.file.write_text(text)
+
+    @method()
+    def read(self) -> str:
+        return self.file.read_text()
+
+
+HOOKED_LIFE = [
+    "init",
+    "base_up",
+    "z_first",
+    "a_second",
+    "a_down",
+    "z_last",
+    "base_down",
+]
+
+
+class Conformance:
+    """Tests of classes; inherit it and give the fixture `engine`."""
+
+    @pytest.fixture(autouse=True)
+    def _in_place(self, engine: object) -> None:
+        """Have the engine of the inheriting class in place for every test."""
+
+    @pytest.fixture
+    def log(self, tmp_path: Path) -> Path:
+        """Give the path of a log file that is not there yet."""
+        return tmp_path / "log"
+
+    @pytest.fixture
+    def name(self) -> str:
+        """Give an instance id that nobody has."""
+        return f"id-{uuid.uuid4().hex}"

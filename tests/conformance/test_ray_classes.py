@@ -1,0 +1,19 @@
+"""The suite of classes on Ray."""
+
+from __future__ import annotations
+
+import pytest
+
+from apothic.backend import ControlPlaneClient, connect
+from tests.conformance.calls import Calls
+from tests.conformance.failures import Failures
+from tests.conformance.life import Life
+from tests.conformance.verbs import Verbs
+
+pytestmark = pytest.mark.ray
+
+
+class TestRayClasses(Verbs, Calls, Failures, Life):
+    @pytest.fixture
+    def engine(self, ray_cluster: str) -> ControlPlaneClient:
+        return connect()
