@@ -444,4 +444,4 @@ class AgentConnection:
             del self._table.kills[stream]
         else:
             self._table.kills[stream] = waiting - answered
-        return Killed(stream)
+        return Killed(stream, answered)

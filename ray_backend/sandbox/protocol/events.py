@@ -102,9 +102,10 @@ class Exited:
 
 @dataclass(frozen=True, slots=True)
 class Killed:
-    """Nothing of the exec is alive any more."""
+    """Nothing of the exec is alive any more; so many kills are answered by that."""
 
     stream: int
+    answered: int = 1
 
 
 @dataclass(frozen=True, slots=True)
