@@ -251,7 +251,7 @@ def test_an_exec_from_start_to_end():
         Started(stream, 77),
         Output(stream, Channel.STDOUT, b"out"),
         Output(stream, Channel.STDERR, b"err"),
-        Exited(stream, None, 11, True, True, False, 1.5),
+        Exited(stream, None, 11, True, True, False, False, 1.5),
     ]
     assert connection.receive(data) == whole
     assert connection.open_streams == 0

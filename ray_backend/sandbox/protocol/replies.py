@@ -138,6 +138,7 @@ def _exited(stream: int, body: memoryview) -> Exited:
         core_dumped=ExitFlag.CORE in flags,
         left_behind=ExitFlag.LEFT_BEHIND in flags,
         lost=ExitFlag.LOST in flags,
+        out_of_memory=ExitFlag.OUT_OF_MEMORY in flags,
         duration_s=duration_ns / 1e9,
     )
 
