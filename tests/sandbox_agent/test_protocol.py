@@ -404,7 +404,70 @@ def test_a_hostile_agent_gets_events_or_an_error(sent: list[tuple[int, int, byte
         events += connection.receive(tail)
     except ProtocolError as error:
         events += error.events
-    assert sum(len(event.data) for event in events if isinstance(event, Output)) <= 500
+    assert sum(len(event.data) for event in events if isinstance(event, Output)) <= 505
+
+
+TRANSCRIPT = b"".join(
+    (
+        encode_frame(F.OUTPUT, 1, b"\1" + bytes(50)),
+        encode_frame(F.STARTED, 2, b"\1\0\0\0"),
+        encode_frame(F.OUTPUT, 2, b"\2err"),
+        encode_frame(F.OPENED, 3, STAT),
+        encode_frame(F.OUTPUT, 4, b"\1" + b"\4\1\0a" + b"\x08\2\0\xff\n"),
+        encode_frame(F.OUTPUT, 3, b"\1content"),
+        encode_frame(F.DONE, 5, STAT + b"target"),
+        encode_frame(F.ERROR, 7, struct.pack("<IB", 17, 0)),
+        encode_frame(F.DONE, 4),
+        encode_frame(F.ERROR, 6, struct.pack("<IB", 28, 0)),
+        encode_frame(F.EXIT, 1, EXIT),
+        encode_frame(F.EXIT, 2, b"\1\x09" + EXIT[2:]),
+        encode_frame(F.DONE, 3),
+    )
+)
+"""What an agent may answer to `busy`."""
+
+
+@given(st.lists(st.integers(0, 60), max_size=40))
+def test_a_transcript_gives_the_same_events_however_it_is_chopped(sizes: list[int]):
+    whole = busy().receive(TRANSCRIPT)
+    assert len(whole) == 13
+    connection = busy()
+    got = [event for piece in chop(TRANSCRIPT, sizes) for event in connection.receive(piece)]
+    assert got == whole
+    assert connection.open_streams == 1
+
+
+def test_a_transcript_byte_by_byte():
+    connection = busy()
+    got = [
+        event
+        for at in range(len(TRANSCRIPT))
+        for event in connection.receive(TRANSCRIPT[at : at + 1])
+    ]
+    assert got == busy().receive(TRANSCRIPT)
+    assert connection.receive(b"\x05\0\0\0") == [], "a frame has begun"
+
+
+@settings(max_examples=400)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, len(TRANSCRIPT) - 1), st.integers(0, 255)), min_size=1, max_size=4
+    ),
+    st.integers(0, len(TRANSCRIPT)),
+)
+def test_a_mutated_transcript_gives_events_or_an_error(changes: list[tuple[int, int]], cut_at: int):
+    data = bytearray(TRANSCRIPT)
+    for at, value in changes:
+        data[at] = value
+    connection = busy()
+    events: list[Event] = []
+    try:
+        events += connection.receive(bytes(data[:cut_at]))
+        events += connection.receive(bytes(data[cut_at:]))
+    except ProtocolError as error:
+        events += error.events
+        assert not connection.ready
+    assert len(events) <= 13
 
 
 def test_errors_are_ours_and_travel():
