@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ class Local(SandboxSuite):
 
     def open(self, sandbox: Sandbox, **kwargs: Any) -> SandboxSession:
         return sandbox.local(**kwargs)
+
+
+def is_missing(path: str) -> bool:
+    return not Path(path).exists()
 
 
 def open_files() -> list[str]:
@@ -154,8 +159,8 @@ class TestLocalOnly(Local):
             else:
                 owner.send_signal(number)
             owner.wait()
-            eventually(lambda pid=pid: process_is_gone(pid))
-            eventually(lambda directory=directory: not Path(directory).exists())
+            eventually(partial(process_is_gone, pid))
+            eventually(partial(is_missing, directory))
             owner.stdin.close()
             owner.stdout.close()
 
