@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from apothic.backend import CallRef, ItemStream, SandboxRef
 from apothic.errors import SandboxClosedError
@@ -73,7 +73,7 @@ class CoreRef(SandboxRef):
         env: Mapping[bytes, bytes | None],
         concurrent_requests: int,
         secrets: Mapping[bytes, bytes] | None = None,
-    ) -> CoreRef:
+    ) -> Self:
         """Open a session on this machine.
 
         Raises:

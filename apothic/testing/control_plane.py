@@ -20,6 +20,7 @@ from apothic.errors import (
 )
 from apothic.options import ClassOptions
 from apothic.packing import loads
+from apothic.sandbox_values import SandboxSpec
 from apothic.testing.instance import FakeInstance
 from apothic.testing.process import SetUpError
 from apothic.testing.running import Watch, interruptible_sleep
@@ -53,7 +54,7 @@ class FakeControlPlane(ControlPlaneClient):
         self._directory: str | None = None
         self._surroundings = Surroundings()
         self._closed = False
-        self.watch = Watch()
+        self.watch: Watch = Watch()
         interruptible_sleep(True)
 
     @property
@@ -106,7 +107,7 @@ class FakeControlPlane(ControlPlaneClient):
         """Give a class spec."""
         return self._specs.get(digest)
 
-    def explain(self, spec: ClassSpec) -> str:
+    def explain(self, spec: ClassSpec | SandboxSpec) -> str:
         """Say that nothing is placed here."""
         return f"{spec.app}.{spec.name} runs in this process: the engine for tests places nothing."
 

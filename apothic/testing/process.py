@@ -79,9 +79,9 @@ class Process:
         self.object: Any = None
         self.state: InstanceState = "starting"
         self.failure: BaseException | None = None
-        self.finished = 0
+        self.finished: int = 0
         self.started_unix_s: float | None = None
-        self.ready = threading.Event()
+        self.ready: threading.Event = threading.Event()
         self._spec = spec
         self._make = make
         self._clean_up = clean_up

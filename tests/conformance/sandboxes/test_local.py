@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,14 @@ from typing import Any
 import pytest
 
 from apothic import Sandbox, SandboxSession
-from apothic.errors import HandleError, SandboxLostError, SandboxPermissionError, SerializationError
+from apothic.errors import (
+    ExecStartError,
+    ExecTimeoutError,
+    HandleError,
+    SandboxLostError,
+    SandboxPermissionError,
+    SerializationError,
+)
 from tests.conformance.sandboxes.base import Marked, SandboxSuite, marked
 from tests.conformance.sandboxes.execs import ExecConformance
 from tests.conformance.sandboxes.files import FileConformance
@@ -57,10 +65,6 @@ class Local(SandboxSuite):
 
     def open(self, sandbox: Sandbox, **kwargs: Any) -> SandboxSession:
         return sandbox.local(**kwargs)
-
-
-def is_missing(path: str) -> bool:
-    return not Path(path).exists()
 
 
 def open_files() -> list[str]:
@@ -160,7 +164,7 @@ class TestLocalOnly(Local):
                 owner.send_signal(number)
             owner.wait()
             eventually(partial(process_is_gone, pid))
-            eventually(partial(is_missing, directory))
+            eventually(partial(lambda path: not path.exists(), Path(directory)))
             owner.stdin.close()
             owner.stdout.close()
 
@@ -172,13 +176,26 @@ class TestLocalOnly(Local):
             session.exec([python, "-c", code, marked.token])
         assert session.exec("echo on").stdout == "on\n"
 
+    def test_memory_is_bounded_while_output_has_no_end(
+        self, session: SandboxSession, python: str
+    ) -> None:
+        code = "import os\nwhile True: os.write(1, b'x' * 65536); os.write(2, b'y' * 65536)"
+        tracemalloc.start()
+        try:
+            with pytest.raises(ExecTimeoutError) as caught:
+                session.exec([python, "-c", code], timeout_s=2, max_output_bytes=1_000_000)
+            assert tracemalloc.get_traced_memory()[1] < 16_000_000
+        finally:
+            tracemalloc.stop()
+        assert caught.value.result is not None
+        assert len(caught.value.result.stdout_bytes) == 1_000_000
+        assert caught.value.result.truncated
+
     @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
     def test_another_user(self, session: SandboxSession) -> None:
         assert session.exec("id -un", user="nobody", cwd="/").stdout == "nobody\n"
         assert session.exec("id -u", user="1234", cwd="/").stdout == "1234\n"
         assert session.exec("id -g", user="1234:4321", cwd="/").stdout == "4321\n"
-        from apothic.errors import ExecStartError
-
         with pytest.raises(ExecStartError, match="no-such-user"):
             session.exec("id", user="no-such-user")
         with pytest.raises(SandboxPermissionError):
