@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from apothic.errors import ApothicError
+from apothic.errors import ApothicError, InvalidOptionError
+
+if TYPE_CHECKING:
+    from apothic.backend import ControlPlaneClient
 
 __all__ = ["main"]
 
@@ -21,6 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add_argument("cls", metavar="APP:CLASS")
     inspect = verbs.add_parser("inspect", help="a class as JSON, with tags and metadata")
     inspect.add_argument("cls", metavar="APP:CLASS")
+    offers = verbs.add_parser("offers", help="kinds of nodes, live ones and those to be started")
+    offers.add_argument("--for", dest="cls", metavar="APP:CLASS", help="which could run a class")
+    change = offers.add_subparsers(dest="change", metavar="{register,unregister}")
+    register = change.add_parser("register", help="make node types known that are not started")
+    register.add_argument("file", metavar="FILE", help="a cluster-launcher file, as for `ray up`")
+    unregister = change.add_parser("unregister", help="forget such a node type")
+    unregister.add_argument("name", metavar="NODE_TYPE")
     close = verbs.add_parser("close", help="close a named instance, with its exit hooks")
     close.add_argument("instance", metavar="APP:CLASS:ID")
     arguments = parser.parse_args(argv)
@@ -50,11 +61,32 @@ def _run(arguments: argparse.Namespace) -> int:
         report = Cls.from_name(app, cls, client=client).close_named(instance_id)
         print(report.model_dump_json(indent=2))
         return 0
+    if arguments.verb == "offers" and not arguments.cls:
+        return _offers(client, arguments)
     app, _, cls = arguments.cls.partition(":")
     found = Cls.from_name(app, cls, client=client)
     print(
         found.explain()
-        if arguments.verb == "explain"
+        if arguments.verb in ("explain", "offers")
         else found.inspect().model_dump_json(indent=2)
     )
+    return 0
+
+
+def _offers(client: ControlPlaneClient, arguments: argparse.Namespace) -> int:
+    if arguments.change == "register":
+        from apothic.node_types import read_node_types
+
+        found = read_node_types(arguments.file)
+        client.register_node_types(found)
+        print(f"registered: {', '.join(each.name for each in found)}")
+    elif arguments.change == "unregister":
+        if not client.unregister_node_type(arguments.name):
+            known = ", ".join(each.name for each in client.list_node_types()) or "none"
+            raise InvalidOptionError(
+                f"no node type {arguments.name!r} is registered: registered are {known}. Check the name."
+            )
+        print(f"unregistered: {arguments.name}")
+    else:
+        print(client.offers_table())
     return 0
