@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import re
 
 import pytest
 
-from apothic import errors
+from apothic import SandboxExecResult, errors
 from apothic.errors import ApothicError, FunctionTimeoutError, RemoteError, RemoteTraceback
 
 CLASSES = {
@@ -48,11 +49,31 @@ def test_everything_is_exported() -> None:
     assert sorted([*CLASSES, "RemoteTraceback"]) == errors.__all__
 
 
+RESULT = SandboxExecResult(command=("false",), returncode=3, duration_s=0.5)
+
+ARGUMENTS: dict[str, tuple[object, ...]] = {
+    "RemoteError": ("a.B", "text", "trace"),
+    "ImageBuildError": ("text", "RUN false", "log"),
+    "ExecTimeoutError": ("text", RESULT),
+    "SandboxExecError": ("text", RESULT),
+    "ExecStartError": ("text", 7),
+    **{
+        name: ("text", 2, "/lost.txt")
+        for name, cls in CLASSES.items()
+        if issubclass(cls, errors.SandboxFileError)
+    },
+}
+"""What constructors take that is more than a message."""
+
+
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_every_class_pickles_with_its_attributes(name: str) -> None:
     cls = CLASSES[name]
-    error = cls("a.B", "text", "trace") if cls is RemoteError else cls("text")
+    error = cls(*ARGUMENTS.get(name, ("text",)))
+    attributes = {key for key in inspect.signature(cls).parameters if hasattr(error, key)}
+    attributes |= {"errno", "strerror", "filename"} if isinstance(error, OSError) else set()
     error.extra = {"a": [1]}  # type: ignore[attr-defined]
+    error.__notes__ = ["a note"]  # type: ignore[attr-defined]  # as add_note does, on 3.10 too
     if cls is FunctionTimeoutError:
         error.state_lost = True  # type: ignore[attr-defined]
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
@@ -61,7 +82,11 @@ def test_every_class_pickles_with_its_attributes(name: str) -> None:
         assert back.args == error.args
         assert vars(back) == vars(error)
         assert str(back) == str(error)
-    assert str(copy.copy(error)) == str(error)
+        for attribute in attributes:
+            assert getattr(back, attribute) == getattr(error, attribute)
+    copied = copy.copy(error)
+    assert str(copied) == str(error)
+    assert vars(copied) == vars(error)
 
 
 def test_remote_error_reads_as_a_traceback_does() -> None:
