@@ -7,6 +7,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from apothic.values import (
     ClassInstanceHandle,
     ClassSpec,
     InstanceInfo,
+    SandboxSpec,
 )
 from apothic.volume import StorageMount, check_same_volume
 
@@ -106,7 +108,7 @@ class FakeControlPlane(ControlPlaneClient):
         """Give a class spec."""
         return self._specs.get(digest)
 
-    def explain(self, spec: ClassSpec) -> str:
+    def explain(self, spec: ClassSpec | SandboxSpec) -> str:
         """Say that nothing is placed here."""
         return f"{spec.app}.{spec.name} runs in this process: the engine for tests places nothing."
 
@@ -216,8 +218,8 @@ class FakeControlPlane(ControlPlaneClient):
                 return
             self._closed = True
             left = list(self._instances.values())
-        for instance in left:
-            instance.close()
+        with ThreadPoolExecutor(max(1, len(left))) as threads:  # each may wait for running calls
+            list(threads.map(FakeInstance.close, left))
         self.watch.stop()
         interruptible_sleep(False)
         if self._directory is not None:
