@@ -70,7 +70,8 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
 def test_every_class_pickles_with_its_attributes(name: str) -> None:
     cls = CLASSES[name]
     error = cls(*ARGUMENTS.get(name, ("text",)))
-    attributes = {key for key in inspect.signature(cls).parameters if hasattr(error, key)}
+    parameters = inspect.signature(cls.__init__).parameters
+    attributes = {key for key in parameters if hasattr(error, key)}
     attributes |= {"errno", "strerror", "filename"} if isinstance(error, OSError) else set()
     error.extra = {"a": [1]}  # type: ignore[attr-defined]
     error.__notes__ = ["a note"]  # type: ignore[attr-defined]  # as add_note does, on 3.10 too
