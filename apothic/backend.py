@@ -448,7 +448,7 @@ def connect(
     if base_url is not None and (not isinstance(base_url, str) or not base_url.strip()):
         raise InvalidOptionError(
             f"base_url={base_url!r} is not valid: it takes 'ray://host:10001', 'host:6379', 'auto' "
-            f"or 'local'."
+            f"or 'local'. Leave it out for RAY_ADDRESS, or a cluster of this process's own."
         )
     if base_url is None and _default is not None:
         return _default

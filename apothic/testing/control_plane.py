@@ -7,6 +7,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from apothic.values import (
     ClassInstanceHandle,
     ClassSpec,
     InstanceInfo,
+    SandboxSpec,
 )
 from apothic.volume import StorageMount, check_same_volume
 
@@ -217,8 +219,8 @@ class FakeControlPlane(ControlPlaneClient):
                 return
             self._closed = True
             left = list(self._instances.values())
-        for instance in left:
-            instance.close()
+        with ThreadPoolExecutor(max(1, len(left))) as threads:  # each may wait for running calls
+            list(threads.map(FakeInstance.close, left))
         self.watch.stop()
         interruptible_sleep(False)
         if self._directory is not None:
