@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apothic._version import __version__
-from apothic.errors import ApothicError, InvalidOptionError
+from apothic.errors import ApothicError, InvalidOptionError, NotFoundError
 
 if TYPE_CHECKING:
     from apothic.backend import ControlPlaneClient
@@ -119,10 +119,18 @@ def _parser() -> argparse.ArgumentParser:
 
     add("volumes", _volumes, "list the volumes")
 
-    offers = add("offers", _offers, "show which nodes could run a class, and why others could not")
-    offers.add_argument(
-        "--for", dest="cls", metavar="APP:CLASS", help="the class; without it, one without wishes"
+    offers = add("offers", _offers, "list the kinds of nodes, or which of them could run a class")
+    offers.add_argument("--for", dest="cls", metavar="APP:CLASS", help="the class")
+    types = offers.add_subparsers(dest="offers_verb", metavar="COMMAND")
+    register = add(
+        "register",
+        _offers_register,
+        "make the node types of a cluster-launcher file known, so that they can be started",
+        types,
     )
+    register.add_argument("file", metavar="CLUSTER.YAML")
+    unregister = add("unregister", _offers_unregister, "forget a node type", types)
+    unregister.add_argument("name", metavar="NAME")
     return parser
 
 
@@ -291,21 +299,33 @@ def _volumes(session: _Session, arguments: argparse.Namespace) -> None:
 
 def _offers(session: _Session, arguments: argparse.Namespace) -> None:
     from apothic.cls import Cls
-    from apothic.options import ClassOptions
-    from apothic.values import ClassSpec
 
     if arguments.cls is None:
-        options = ClassOptions().model_dump(mode="json")
-        spec = ClassSpec(
-            app="-", name="-", methods=(), parameters=(), options=options, blob_digest=""
-        )
+        text = session.client.offers_table()
     else:
         app, cls, _ = _split(arguments.cls, 2)
         if cls is None:
             raise InvalidOptionError(f"--for {arguments.cls!r} names no class: write APP:CLASS.")
-        spec = Cls.from_name(app, cls, client=session.client).spec
-    text = session.client.explain(spec)
-    session.show({"for": arguments.cls, "explanation": text}, lambda: text)
+        text = session.client.explain(Cls.from_name(app, cls, client=session.client).spec)
+    session.show({"for": arguments.cls, "table": text}, lambda: text)
+
+
+def _offers_register(session: _Session, arguments: argparse.Namespace) -> None:
+    from apothic.node_types import read_node_types
+
+    found = read_node_types(arguments.file)
+    session.client.register_node_types(found)
+    names = [node_type.name for node_type in found]
+    session.show({"registered": names}, lambda: f"registered {', '.join(names)}")
+
+
+def _offers_unregister(session: _Session, arguments: argparse.Namespace) -> None:
+    if not session.client.unregister_node_type(arguments.name):
+        known = ", ".join(each.name for each in session.client.list_node_types()) or "none"
+        raise NotFoundError(
+            f"no node type {arguments.name!r} is registered: registered are {known}. Check the name."
+        )
+    session.show({"unregistered": arguments.name}, lambda: f"unregistered {arguments.name}")
 
 
 # -- text ----------------------------------------------------------------------------------------

@@ -101,9 +101,26 @@ def test_inspect_classes_and_apps(ray_cluster: str, capsys: pytest.CaptureFixtur
 
 def test_offers(ray_cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
     app.deploy()
-    assert said(capsys, "offers").startswith("Asked for: cpu=1, memory_mb=1024.")
+    assert "free now" in said(capsys, "offers")
     assert "cpu=0" in said(capsys, "offers", "--for", "cli-tests:Shelf")
     assert "no node can ever run cpu=10000" in said(capsys, "offers", "--for", "cli-tests:Huge")
+
+
+def test_node_types_are_registered(
+    ray_cluster: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "available_node_types:\n"
+        "  cli-type: {resources: {CPU: 4, memory: 8589934592, 'offer:cli-type': 1}}\n"
+    )
+    assert said(capsys, "offers", "register", str(file)) == "registered cli-type\n"
+    try:
+        assert "cli-type" in said(capsys, "offers")
+    finally:
+        assert said(capsys, "offers", "unregister", "cli-type") == "unregistered cli-type\n"
+    assert "registered are none" in said(capsys, "offers", "unregister", "cli-type", status=1)
+    assert "cannot be read" in said(capsys, "offers", "register", str(file) + "x", status=1)
 
 
 def test_secrets_come_from_outside_the_command_line(
