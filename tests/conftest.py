@@ -20,6 +20,11 @@ RUN_VARIABLE = "APOTHIC_TEST_RUN"
 """Every process that a test starts, however far down, has it in its environment."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run what needs the shared cluster last: it lives until the end, and takes its share."""
+    items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """See that the whole run leaves no process, volume or mount behind."""

@@ -31,7 +31,6 @@ from apothic.values import (
     ClassInstanceHandle,
     ClassSpec,
     InstanceInfo,
-    SandboxSpec,
 )
 from apothic.volume import StorageMount, check_same_volume
 
