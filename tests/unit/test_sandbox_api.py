@@ -17,11 +17,18 @@ from apothic.errors import (
     UsageError,
 )
 from apothic.options import ClassOptions
-from tests.unit.test_api import BAD_OPTIONS
+from tests.unit.test_bad_input import VALUES
 
 
 @pytest.mark.parametrize(
-    "options", [*BAD_OPTIONS, {"network": "host"}, {"network": None}, {"name": None}], ids=repr
+    "options",
+    [
+        *({name: value} for name, value in VALUES),
+        {"network": "host"},
+        {"network": None},
+        {"name": None},
+    ],
+    ids=repr,
 )
 def test_bad_options_are_refused_where_they_stand(options: dict[str, Any]) -> None:
     app = App("bad")
