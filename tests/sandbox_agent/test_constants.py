@@ -3,8 +3,8 @@ from __future__ import annotations
 import enum
 import struct
 
-from ray_backend.sandbox import protocol
 from ray_backend.sandbox.agent import constants
+from ray_backend.sandbox.protocol import frames, replies, requests
 
 
 def test_header_is_made_from_the_table():
@@ -39,6 +39,6 @@ def test_magic_begins_with_a_byte_of_its_own():
 
 
 def test_sizes_are_those_that_the_codec_packs():
-    assert protocol._STAT.size == constants.STAT_BYTES
-    assert protocol._EXEC_HEAD.size == constants.EXEC_HEAD_BYTES
-    assert protocol._HEADER.size == constants.FRAME_HEADER_BYTES
+    assert replies.STAT.size == constants.STAT_BYTES
+    assert requests.EXEC_HEAD.size == constants.EXEC_HEAD_BYTES
+    assert frames.HEADER.size == constants.FRAME_HEADER_BYTES

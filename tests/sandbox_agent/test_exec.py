@@ -112,22 +112,22 @@ def test_missing_and_unusable_programs_are_told_apart(agent: Agent, tmp_path: Pa
     text.chmod(0o755)
     path = {b"PATH": os.fsencode(tmp_path)}
 
-    def failure(program: str | Path, **options: object) -> tuple[int, Stage]:
+    def failure(program: str | Path, **options: object) -> tuple[int, Stage, int | None]:
         failed = agent.run([str(program)], **options).failed
-        return failed.errno, failed.stage
+        return failed.errno, failed.stage, failed.exit_status
 
-    assert failure("/no/such/program") == (errno.ENOENT, Stage.PROGRAM)
-    assert failure("no-such-program") == (errno.ENOENT, Stage.PROGRAM)
-    assert failure("") == (errno.ENOENT, Stage.PROGRAM)
-    assert failure(plain) == (errno.EACCES, Stage.PROGRAM)
-    assert failure("plain", env=path) == (errno.EACCES, Stage.PROGRAM)
-    assert failure(tmp_path) == (errno.EACCES, Stage.PROGRAM)
-    assert failure(script) == (errno.ENOENT, Stage.INTERPRETER)
-    assert failure("script", env=path) == (errno.ENOENT, Stage.INTERPRETER)
-    assert failure(text) == (errno.ENOEXEC, Stage.PROGRAM)
-    assert failure("/bin/true", cwd=b"/no/such/place") == (errno.ENOENT, Stage.CWD)
-    assert failure("/bin/true", cwd=os.fsencode(plain)) == (errno.ENOTDIR, Stage.CWD)
-    assert failure("/bin/true", user=b"no-such-user") == (errno.ENOENT, Stage.USER)
+    assert failure("/no/such/program") == (errno.ENOENT, Stage.PROGRAM, 127)
+    assert failure("no-such-program") == (errno.ENOENT, Stage.PROGRAM, 127)
+    assert failure("") == (errno.ENOENT, Stage.PROGRAM, 127)
+    assert failure(plain) == (errno.EACCES, Stage.PROGRAM, 126)
+    assert failure("plain", env=path) == (errno.EACCES, Stage.PROGRAM, 126)
+    assert failure(tmp_path) == (errno.EACCES, Stage.PROGRAM, 126)
+    assert failure(script) == (errno.ENOENT, Stage.INTERPRETER, 126)
+    assert failure("script", env=path) == (errno.ENOENT, Stage.INTERPRETER, 126)
+    assert failure(text) == (errno.ENOEXEC, Stage.PROGRAM, 126)
+    assert failure("/bin/true", cwd=b"/no/such/place") == (errno.ENOENT, Stage.CWD, None)
+    assert failure("/bin/true", cwd=os.fsencode(plain)) == (errno.ENOTDIR, Stage.CWD, None)
+    assert failure("/bin/true", user=b"no-such-user") == (errno.ENOENT, Stage.USER, None)
     assert agent.run(["/bin/true"]).exit.status == 0
 
 

@@ -4,14 +4,15 @@ import errno
 import hashlib
 import os
 import stat
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ray_backend.sandbox.agent.constants import Channel, WriteFlag
-from ray_backend.sandbox.protocol import Done, Failed, Granted, Opened, Output
+from ray_backend.sandbox.agent.constants import Channel, FrameType, WriteFlag
+from ray_backend.sandbox.protocol import Done, Failed, Granted, Opened, Output, encode_frame
 from tests.sandbox_agent.harness import Agent, memory_kib
 
 MIB = 1 << 20
@@ -137,6 +138,89 @@ def test_overwriting_keeps_mode_owner_and_links(agent: Agent, tmp_path: Path):
     )
     assert soft.is_symlink()
     assert hard.read_bytes() == b"new"
+
+
+def test_replacing_keeps_mode_and_owner_and_follows_links(agent: Agent, tmp_path: Path):
+    path, hard = tmp_path / "file", tmp_path / "hard"
+    path.write_bytes(b"a longer old content")
+    if os.geteuid() == 0:
+        os.chown(path, 1234, 567)
+    path.chmod(0o4751)
+    hard.hardlink_to(path)
+    (tmp_path / "place").mkdir()
+    (tmp_path / "absolute").symlink_to(path)
+    (tmp_path / "place/soft").symlink_to("../absolute")
+    before = path.stat()
+    stream, data = agent.connection.write(
+        os.fsencode(tmp_path / "place/soft"), flags=WriteFlag.REPLACE, length=3
+    )
+    agent.push(data + agent.connection.send(stream, b"new"))
+    assert agent.run(["cat", str(path)]).stdout == b"a longer old content", "not replaced yet"
+    agent.push(agent.connection.end(stream))
+    agent.until(stream, Done)
+    after = path.stat()
+    assert path.read_bytes() == b"new"
+    assert (after.st_mode, after.st_uid, after.st_gid) == (
+        before.st_mode,
+        before.st_uid,
+        before.st_gid,
+    )
+    assert hard.read_bytes() == b"a longer old content"
+    assert (tmp_path / "place/soft").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["absolute", "file", "hard", "place"]
+    assert os.listdir(tmp_path / "place") == ["soft"]
+
+
+def test_replacing_what_is_not_there(agent: Agent, tmp_path: Path):
+    replace = WriteFlag.REPLACE
+    assert isinstance(write(agent, tmp_path / "new", b"1", flags=replace, mode=0o777), Done)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o755
+    (tmp_path / "soft").symlink_to("target")
+    assert isinstance(write(agent, tmp_path / "soft", b"2", flags=replace), Done)
+    assert (tmp_path / "target").read_bytes() == b"2"
+    assert failure(write(agent, tmp_path / "a/b", b"", flags=replace)) == errno.ENOENT
+    parents = replace | WriteFlag.MAKE_PARENTS
+    assert isinstance(write(agent, tmp_path / "a/b", b"3", flags=parents), Done)
+    assert (tmp_path / "a/b").read_bytes() == b"3"
+    name = b"x" * 255
+    assert isinstance(write(agent, bytes(tmp_path) + b"/" + name, b"4", flags=replace), Done)
+
+
+def test_what_cannot_be_replaced(agent: Agent, tmp_path: Path):
+    replace, place = WriteFlag.REPLACE, bytes(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_bytes(b"old")
+    os.mkfifo(tmp_path / "fifo")
+    before = sorted(os.listdir(tmp_path))
+    for name, error in [
+        (b"", errno.EISDIR),
+        (b"/", errno.EISDIR),
+        (b"/.", errno.EISDIR),
+        (b"/loop", errno.ELOOP),
+        (b"/fifo", errno.EOPNOTSUPP),
+        (b"/file/x", errno.ENOTDIR),
+        (b"/" + b"x" * 256, errno.ENAMETOOLONG),
+    ]:
+        assert failure(write(agent, place + name, b"", flags=replace)) == error, name
+    assert failure(write(agent, b"/dev/null", b"", flags=replace)) == errno.EOPNOTSUPP
+    assert failure(write(agent, b"/", b"", flags=replace)) == errno.EISDIR
+    assert sorted(os.listdir(tmp_path)) == before
+    body = struct.pack("<IIQQ", replace | WriteFlag.APPEND, 0o644, 0, 0) + place + b"/file"
+    stream, _ = agent.connection.write(place + b"/file")
+    agent.push(encode_frame(FrameType.WRITE, stream, body))
+    assert agent.until(stream, Failed).errno == errno.EINVAL
+
+
+def test_a_cancelled_replacement_leaves_the_old(agent: Agent, tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"old")
+    stream, data = agent.connection.write(bytes(tmp_path / "file"), flags=WriteFlag.REPLACE)
+    agent.push(data + agent.connection.send(stream, b"half") + agent.connection.cancel(stream))
+    assert agent.until(stream, Failed).errno == errno.ECANCELED
+    stream, data = agent.connection.write(bytes(tmp_path / "file"), flags=WriteFlag.REPLACE)
+    agent.push(data + agent.connection.send(stream, b"half"))
+    agent.connect(resync=True)
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_a_link_to_nothing_is_written_through(agent: Agent, tmp_path: Path):
@@ -316,6 +400,11 @@ def test_a_full_disk(agent: Agent, small_disk: Path):
     assert path.read_bytes() == old, "the old content had to be whole"
     assert isinstance(write(agent, new, bytes(500_000)), Done), "the reserved space was not freed"
     new.unlink()
+    for length in (None, len(content)):
+        replaced = write(agent, path, content, flags=WriteFlag.REPLACE, length=length)
+        assert failure(replaced) == errno.ENOSPC
+        assert path.read_bytes() == old
+        assert os.listdir(small_disk) == ["file"]
     assert failure(write(agent, path, content)) == errno.ENOSPC
     assert isinstance(write(agent, path, old, length=len(old)), Done)
     assert path.read_bytes() == old

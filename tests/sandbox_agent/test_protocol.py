@@ -20,6 +20,7 @@ from ray_backend.sandbox.agent.constants import (
     Channel,
     FrameType,
     Stage,
+    WriteFlag,
 )
 from ray_backend.sandbox.protocol import (
     AgentConnection,
@@ -187,6 +188,11 @@ def test_what_cannot_be_said_is_refused():
         lambda: connection.exec(
             [bytes(1) * 9_000_000], cwd=b"/", env={}, stdout_credit=0, stderr_credit=0
         ),
+        lambda: connection.read(b"/a", credit=-1),
+        lambda: connection.read(b"/a", credit=1, offset=2**63),
+        lambda: connection.write(b"/a", length=-1),
+        lambda: connection.write(b"/a", offset=1, flags=WriteFlag.REPLACE),
+        lambda: connection.write(b"/a", flags=WriteFlag.REPLACE | WriteFlag.APPEND),
         lambda: connection.window(1),
         lambda: connection.kill(1, grace_ms=0),
     ]
@@ -291,7 +297,7 @@ def test_files_and_directories():
 
 EXIT = struct.pack("<BBQ", 0, 0, 1)
 # An exec is stream 1, one that tells its start 2, a read 3, a listing 4, a stat 5, a write 6 and
-# a mkdir 7; each has credit for 100 bytes.
+# a mkdir 7, a read of 5 bytes 8; each has credit for 100 bytes.
 MALFORMED = {
     "unknown type": encode_frame(0x20, 1),
     "our own type": encode_frame(F.EXEC, 1),
@@ -329,6 +335,8 @@ MALFORMED = {
     "contents before the opening": encode_frame(F.OUTPUT, 3, b"\1x"),
     "done before the opening": encode_frame(F.DONE, 3),
     "opened twice": encode_frame(F.OPENED, 3, STAT) * 2,
+    "more than the file was to give": encode_frame(F.OPENED, 8, STAT)
+    + encode_frame(F.OUTPUT, 8, b"\1123456"),
     "short stat": encode_frame(F.OPENED, 3, STAT[:-1]),
     "stderr of a file": encode_frame(F.OPENED, 3, STAT) + encode_frame(F.OUTPUT, 3, b"\2x"),
     "name that leads away": encode_frame(F.OUTPUT, 4, b"\1\0\4\0../x"),
@@ -355,6 +363,7 @@ def busy() -> AgentConnection:
     connection.stat(b"/")
     connection.write(b"/w")
     connection.mkdir(b"/d")
+    connection.read(b"/", credit=100, length=5)
     return connection
 
 

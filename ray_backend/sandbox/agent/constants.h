@@ -77,6 +77,7 @@ enum {
     WRITE_MAKE_PARENTS = 2,
     WRITE_KEEP_REST = 4,
     WRITE_EXCLUSIVE = 8,
+    WRITE_REPLACE = 16,
 };
 
 enum {

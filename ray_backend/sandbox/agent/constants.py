@@ -103,6 +103,7 @@ class WriteFlag(enum.IntFlag):
     MAKE_PARENTS = 2
     KEEP_REST = 4
     EXCLUSIVE = 8
+    REPLACE = 16
 
 
 class MkdirFlag(enum.IntFlag):

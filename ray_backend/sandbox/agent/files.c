@@ -4,11 +4,13 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/random.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #define OPEN_FLAGS (O_CLOEXEC | O_NOCTTY | O_NONBLOCK)
 #define CREATE_TRIES 8
+#define LINKS_MAX 40
 #define NO_REPLACE 1 /* RENAME_NOREPLACE, which not every libc names */
 
 static int result(int returned) {
@@ -123,10 +125,119 @@ static int open_or_create(const char *path, const struct file_request *r, bool *
     return open(path, flags | O_CREAT, mode); /* a symbolic link to nothing */
 }
 
+/* Reserve room for what will be written, where the file system can. */
+static int reserve(int fd, uint64_t from, uint64_t length, off_t old_size) {
+    if (length == LENGTH_UNKNOWN || length == 0 || from > (uint64_t)INT64_MAX - length)
+        return 0;
+    if (fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)length) == 0 ||
+        (errno != ENOSPC && errno != EDQUOT && errno != EFBIG))
+        return 0;
+    int error = errno;
+    if (ftruncate(fd, old_size) != 0) {
+        /* what had been reserved stays so until the file is next cut */
+    }
+    return error;
+}
+
+/* Open the directory of a path whose symbolic links have been followed, also those that lead to
+   nothing, and give the name in it. */
+static int open_parent(const char *path, int *directory, char name[NAME_MAX + 1]) {
+    char at[PATH_MAX_BYTES + 1], link[PATH_MAX_BYTES + 1];
+    strcpy(at, path);
+    for (int links = 0; links < LINKS_MAX; links++) {
+        char *base = strrchr(at, '/') + 1; /* paths are absolute */
+        size_t n = strlen(base), stem = (size_t)(base - at);
+        if (n == 0 || strcmp(base, ".") == 0 || strcmp(base, "..") == 0)
+            return EISDIR;
+        if (n > NAME_MAX)
+            return ENAMETOOLONG;
+        ssize_t length = readlink(at, link, PATH_MAX_BYTES);
+        if (length < 0 && errno != EINVAL && errno != ENOENT)
+            return errno;
+        if (length < 0) {
+            strcpy(name, base);
+            *base = '\0';
+            *directory = open(at, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+            return *directory < 0 ? errno : 0;
+        }
+        link[length] = '\0';
+        if (link[0] == '/')
+            stem = 0;
+        if (stem + (size_t)length > PATH_MAX_BYTES)
+            return ENAMETOOLONG;
+        strcpy(at + stem, link);
+    }
+    return ELOOP;
+}
+
+/* Make a file beside the one that it shall replace, with its mode and owner. */
+static int open_scratch(const struct file_request *r, struct written_file *file) {
+    struct stat old, new;
+    mode_t mode = (mode_t)(r->mode & 07777);
+    int error = 0, existing = openat(file->directory, file->name, O_WRONLY | OPEN_FLAGS);
+    if (existing < 0 && errno != ENOENT)
+        return open_error();
+    if (existing >= 0 && (error = admit(existing, &old)) != 0)
+        return error;
+    if (existing >= 0)
+        close(existing);
+    if (existing >= 0 && !S_ISREG(old.st_mode))
+        return EOPNOTSUPP;
+    for (int tries = 0; tries < CREATE_TRIES; tries++) {
+        uint64_t number = 0;
+        if (getrandom(&number, sizeof number, 0) != sizeof number)
+            return errno;
+        snprintf(file->scratch, sizeof file->scratch, ".apothic-%016llx",
+                 (unsigned long long)number);
+        /* Nobody reads the new content who may not read the old. */
+        file->fd = openat(file->directory, file->scratch,
+                          O_WRONLY | O_CREAT | O_EXCL | OPEN_FLAGS, existing >= 0 ? 0600 : mode);
+        if (file->fd >= 0 || errno != EEXIST)
+            break;
+    }
+    if (file->fd < 0)
+        return errno;
+    if (existing >= 0) {
+        if (fstat(file->fd, &new) != 0)
+            error = errno;
+        else if ((new.st_uid != old.st_uid || new.st_gid != old.st_gid) &&
+                 fchown(file->fd, old.st_uid, old.st_gid) != 0)
+            error = errno;
+        else if (fchmod(file->fd, old.st_mode & 07777) != 0)
+            error = errno;
+    }
+    if (error == 0)
+        error = reserve(file->fd, 0, r->length, 0);
+    if (error != 0) {
+        unlinkat(file->directory, file->scratch, 0);
+        close(file->fd);
+    }
+    return error;
+}
+
+static int open_replacement(const struct file_request *r, struct written_file *file) {
+    uint32_t impossible = WRITE_APPEND | WRITE_KEEP_REST | WRITE_EXCLUSIVE;
+    if (r->offset != 0 || r->flags & impossible)
+        return EINVAL;
+    int error = open_parent(r->path, &file->directory, file->name);
+    if (error == ENOENT && r->flags & WRITE_MAKE_PARENTS &&
+        (error = make_directories(r->path, 0777, false)) == 0)
+        error = open_parent(r->path, &file->directory, file->name);
+    if (error != 0)
+        return error;
+    file->regular = true;
+    if ((error = open_scratch(r, file)) != 0)
+        close(file->directory);
+    return error;
+}
+
 int files_open_write(const struct file_request *r, struct written_file *file) {
     struct stat st;
+    *file = (struct written_file){.fd = -1, .directory = -1};
     if (r->offset > INT64_MAX || (r->length != LENGTH_UNKNOWN && r->length > INT64_MAX))
         return EFBIG;
+    if (r->flags & WRITE_REPLACE)
+        return open_replacement(r, file);
     int fd = open_or_create(r->path, r, &file->created);
     if (fd < 0 && errno == ENOENT && r->flags & WRITE_MAKE_PARENTS) {
         int error = make_directories(r->path, 0777, false);
@@ -145,17 +256,10 @@ int files_open_write(const struct file_request *r, struct written_file *file) {
     file->cut = file->regular && !(r->flags & (WRITE_APPEND | WRITE_KEEP_REST));
     file->offset = r->offset;
     uint64_t from = file->append ? (uint64_t)st.st_size : r->offset;
-    if (!file->regular || file->created || st.st_size == 0 || r->length == LENGTH_UNKNOWN ||
-        r->length == 0 || from > (uint64_t)INT64_MAX - r->length)
-        return 0;
-    if (fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)r->length) != 0 &&
-        (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) {
-        error = errno;
-        if (ftruncate(fd, st.st_size) != 0) {
-            /* what had been reserved stays so until the file is next cut */
-        }
+    if (!file->regular || file->created || st.st_size == 0)
+        return 0; /* nothing is lost when it fails */
+    if ((error = reserve(fd, from, r->length, st.st_size)) != 0)
         close(fd);
-    }
     return error;
 }
 
@@ -187,12 +291,24 @@ int files_finish(struct written_file *file, struct stat *st) {
         files_abandon(file);
         return error;
     }
-    return result(close(file->fd)); /* some file systems tell of a full quota only here */
+    error = result(close(file->fd)); /* some file systems tell of a full quota only here */
+    if (file->directory < 0)
+        return error;
+    if (error == 0)
+        error = result(renameat(file->directory, file->scratch, file->directory, file->name));
+    if (error != 0)
+        unlinkat(file->directory, file->scratch, 0);
+    close(file->directory);
+    return error;
 }
 
 void files_abandon(struct written_file *file) {
     char name[64], path[PATH_MAX_BYTES + 1];
     struct stat mine, found;
+    if (file->directory >= 0) {
+        unlinkat(file->directory, file->scratch, 0);
+        close(file->directory);
+    }
     if (file->created && fstat(file->fd, &mine) == 0) {
         snprintf(name, sizeof name, "/proc/self/fd/%d", file->fd);
         ssize_t n = readlink(name, path, PATH_MAX_BYTES);

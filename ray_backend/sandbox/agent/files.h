@@ -4,6 +4,7 @@
 #ifndef APOTHIC_FILES_H
 #define APOTHIC_FILES_H
 
+#include <limits.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/stat.h>
@@ -22,11 +23,16 @@ int files_open_read(const struct file_request *r, int *fd, struct stat *st);
 /* A file being written. An existing one keeps its inode, and so mode, owner and links: it is
    written over in place and cut at the end. Where the length is announced, the space is reserved
    first, so that a full disk is noticed while the old content is still whole. One that this write
-   created is removed again unless it is finished. */
+   created is removed again unless it is finished.
+
+   With WRITE_REPLACE it is another file beside the old one, with its mode and owner, and takes its
+   name at the end. */
 struct written_file {
     int fd;
     bool created, regular, append, cut;
     uint64_t offset;
+    int directory; /* of a replacement, else -1 */
+    char scratch[32], name[NAME_MAX + 1];
 };
 
 int files_open_write(const struct file_request *r, struct written_file *file);
