@@ -17,7 +17,7 @@ from apothic.errors import (
     UsageError,
 )
 from apothic.options import ClassOptions
-from tests.unit.test_api import BAD_OPTIONS
+from tests.unit.test_bad_input import BAD_OPTIONS
 
 
 @pytest.mark.parametrize(
