@@ -98,7 +98,7 @@ ROWS: list[Row] = [
     ),
     (
         "new, an argument that cannot be pickled",
-        lambda world: Box.new((c for c in "")),
+        lambda world: Box.new(c for c in ""),
         SerializationError,
         ("generator", "cannot travel", "enter hook"),
     ),
