@@ -287,8 +287,8 @@ class Process:
             return loads(dumps(value))
         except Exception as error:
             raise SerializationError(
-                f"{call.label}: the result cannot travel to the caller: {error} Return plain data, or "
-                f"make the object picklable."
+                f"{call.label}: the result cannot travel to the caller: {str(error).rstrip('.')}. "
+                f"Return plain data, or make the object picklable."
             ) from None
 
     def _outcome(self, call: Call, error: BaseException) -> BaseException:

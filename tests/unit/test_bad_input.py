@@ -142,6 +142,10 @@ OPTIONS: list[tuple[dict[str, object], tuple[str, str, str]]] = [
 ]
 
 
+BAD_OPTIONS = [*({name: value} for name, value in VALUES), *(given for given, _ in OPTIONS)]
+"""All of them; sandboxes refuse the same."""
+
+
 @pytest.mark.parametrize(("options", "parts"), OPTIONS, ids=repr)
 def test_options(options: dict[str, object], parts: tuple[str, ...]) -> None:
     app = App("bad")

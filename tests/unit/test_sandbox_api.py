@@ -17,18 +17,11 @@ from apothic.errors import (
     UsageError,
 )
 from apothic.options import ClassOptions
-from tests.unit.test_bad_input import VALUES
+from tests.unit.test_bad_input import BAD_OPTIONS
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        *({name: value} for name, value in VALUES),
-        {"network": "host"},
-        {"network": None},
-        {"name": None},
-    ],
-    ids=repr,
+    "options", [*BAD_OPTIONS, {"network": "host"}, {"network": None}, {"name": None}], ids=repr
 )
 def test_bad_options_are_refused_where_they_stand(options: dict[str, Any]) -> None:
     app = App("bad")
