@@ -194,7 +194,7 @@ def _check_listening(where: _Where) -> None:
 def _other_server(where: _Where) -> str:
     return (
         f"the Ray cluster at {where.address} (from {where.said_by}) cannot be reached: something "
-        f"listens there, but it does not answer as a Ray head does. Check the address: 'host:port' takes the "
+        f"listens there, but does not answer as a Ray head does. Check the address: 'host:port' takes the "
         f"GCS port (6379), 'ray://host:port' the Ray Client port (10001)."
     )
 
