@@ -25,7 +25,13 @@ from apothic import App, ClassInstance, CloseReport, Cls, enter, exit, method
 
 app = App("quickstart")
 
-QUESTIONS = ("heap queue", "temporary directory", "http cookies", "socket timeout", "compare sequences")
+QUESTIONS = (
+    "heap queue",
+    "temporary directory",
+    "http cookies",
+    "socket timeout",
+    "compare sequences",
+)
 
 
 class Hit(NamedTuple):
@@ -204,7 +210,8 @@ def finish(shared: ClassInstance, journal: ClassInstance) -> None:
 
 def report(name: str, closed: CloseReport) -> None:
     for hook in closed.hooks:
-        say(f"{name}: ran {hook.name} in {hook.duration_s * 1000:.0f} ms: {hook.error or 'no error'}")
+        took_ms = hook.duration_s * 1000
+        say(f"{name}: ran {hook.name} in {took_ms:.0f} ms, {hook.error or 'no error'}")
 
 
 def title(text: str) -> None:

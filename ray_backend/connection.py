@@ -193,9 +193,9 @@ def _check_listening(where: _Where) -> None:
 
 def _other_server(where: _Where) -> str:
     return (
-        f"the Ray cluster at {where.address} (from {where.said_by}) cannot be reached: something "
-        f"listens there, but does not answer as a Ray head does. Check the address: 'host:port' takes the "
-        f"GCS port (6379), 'ray://host:port' the Ray Client port (10001)."
+        f"the Ray cluster at {where.address} (from {where.said_by}) cannot be reached: what listens "
+        f"there does not answer as a Ray head does. Check the address: 'host:port' takes the GCS "
+        f"port (6379), 'ray://host:port' the Ray Client port (10001)."
     )
 
 
