@@ -25,7 +25,13 @@ from apothic import App, ClassInstance, CloseReport, Cls, enter, exit, method
 
 app = App("quickstart")
 
-QUESTIONS = ("heap queue", "temporary directory", "http cookies", "socket timeout", "parse json")
+QUESTIONS = (
+    "heap queue",
+    "temporary directory",
+    "http cookies",
+    "socket timeout",
+    "compare sequences",
+)
 
 
 class Hit(NamedTuple):
@@ -170,7 +176,7 @@ def main() -> None:
     say(visit.stdout.strip())
 
     title("Close, and see that the exit hooks ran")
-    report(library.close())
+    report("library", library.close())
     if arguments.keep and "RAY_ADDRESS" in os.environ:
         app.deploy()
         say("'shared' is kept: find it with quickstart.py --attach")
@@ -196,15 +202,16 @@ def attach() -> None:
 
 def finish(shared: ClassInstance, journal: ClassInstance) -> None:
     """Close what is named, and print what the exit hooks wrote."""
-    report(shared.close())
+    report("shared", shared.close())
     for line in journal.read.remote():
         say(line)
     journal.close()
 
 
-def report(closed: CloseReport) -> None:
+def report(name: str, closed: CloseReport) -> None:
     for hook in closed.hooks:
-        say(f"ran {hook.name} in {hook.duration_s * 1000:.0f} ms: {hook.error or 'no error'}")
+        took_ms = hook.duration_s * 1000
+        say(f"{name}: ran {hook.name} in {took_ms:.0f} ms, {hook.error or 'no error'}")
 
 
 def title(text: str) -> None:

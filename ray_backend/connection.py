@@ -30,6 +30,12 @@ end them while their exit hooks run, when the process that started the cluster w
 
 _CLIENT_TIMEOUT_S = 5.0
 
+# What a client says first to a gRPC server, and the type in the head of the frame that answers
+# (RFC 9113, sections 3.4, 4.1 and 6.5).
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+_HTTP2_FRAME_HEAD_BYTES = 9
+_HTTP2_SETTINGS = b"\4"
+
 _GCS_PATIENCE_VARIABLE = "RAY_gcs_server_port_wait_time_s"
 _GCS_PATIENCE_S = 5
 """How long Ray may go on asking a GCS that listens and refuses; its default is 20 seconds."""
@@ -63,7 +69,7 @@ def ensure_connected(base_url: str | None) -> None:
     if where.address is None:
         _start_here()
         return
-    if not where.address.startswith("ray://") and where.address != "auto":
+    if where.address != "auto":
         _check_listening(where)
     try:
         if where.address.startswith("ray://"):
@@ -163,18 +169,34 @@ def _start_here() -> None:
 
 
 def _check_listening(where: _Where) -> None:
-    """Fail at once where nothing listens: Ray itself would try for a minute and more."""
+    """Fail at once where nothing listens, or no gRPC server: Ray would try for a minute and more."""
     assert where.address is not None
-    host, _, port = where.address.rpartition(":")
-    if not port.isdigit():
-        return
+    host, _, port = where.address.removeprefix("ray://").rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CLIENT_TIMEOUT_S).close()
+        with socket.create_connection(
+            (host.strip("[]"), int(port)), _CLIENT_TIMEOUT_S
+        ) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+                return
+            connection.sendall(_HTTP2_PREFACE)
+            answer = connection.recv(_HTTP2_FRAME_HEAD_BYTES)
+    except TimeoutError:
+        answer = b""
     except OSError as error:
         raise ConnectionFailedError(
             f"no Ray cluster answers at {where.address} (from {where.said_by}): {error}. Start one "
             f"there with `ray start --head`, correct the address, or use base_url='local'."
         ) from None
+    if answer[3:4] != _HTTP2_SETTINGS:
+        raise ConnectionFailedError(_other_server(where))
+
+
+def _other_server(where: _Where) -> str:
+    return (
+        f"the Ray cluster at {where.address} (from {where.said_by}) cannot be reached: what listens "
+        f"there does not answer as a Ray head does. Check the address: 'host:port' takes the GCS "
+        f"port (6379), 'ray://host:port' the Ray Client port (10001)."
+    )
 
 
 def _translated(error: Exception, where: _Where) -> ConnectionFailedError:
@@ -202,11 +224,7 @@ def _translated(error: Exception, where: _Where) -> ConnectionFailedError:
             f"no Ray cluster runs on this machine, which {source} asks for. Start one with `ray start "
             f"--head`, or use base_url='local'."
         )
-    return ConnectionFailedError(
-        f"the Ray cluster at {source} cannot be reached: something listens there, but it does not "
-        f"answer as a Ray head does. Check the address; 'host:port' takes the GCS port (6379), "
-        f"'ray://host:port' the Ray Client port (10001). Ray says: {text[:400]}"
-    )
+    return ConnectionFailedError(f"{_other_server(where)} Ray says: {text[:400]}")
 
 
 def _causes(error: BaseException) -> str:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,33 +111,24 @@ def test_something_else_listens(head: Head) -> None:
     said, seconds = attempt(head, address, env=head.env())
     assert said.startswith(f"ConnectionFailedError: the Ray cluster at {address}")
     assert "does not answer as a Ray head does" in said
-    assert seconds < 30
+    assert seconds < 10
 
 
 def test_another_version_of_ray(head: Head) -> None:
     """The head's own record of its versions is altered for the time of the test."""
     alter = """
-import sys, ray
-from ray.experimental import internal_kv as kv
+from ray._raylet import GcsClient
 
-ray.init(sys.argv[1], namespace="test")
-where = dict(namespace=b"cluster")
-before = kv._internal_kv_get(b"CLUSTER_METADATA", **where)
-kv._internal_kv_put(b"CLUSTER_METADATA", sys.stdin.read().encode() or before, overwrite=True, **where)
-print(before.decode())
+client, record = GcsClient(address=sys.argv[1]), (b"CLUSTER_METADATA", b"cluster")
+print(client.internal_kv_get(*record).decode())
+if sys.argv[2]:
+    client.internal_kv_put(record[0], sys.argv[2].encode(), True, record[1])
 """
 
-    def put(record: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", alter, head.address],
-            env=head.env(RAY_IGNORE_VERSION_MISMATCH="1"),
-            input=record,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        return done.stdout.splitlines()[-1]
+    def put(metadata: str) -> str:
+        done = head.run(alter, head.address, metadata, env=head.env())
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     before = put("")
     put(json.dumps({**json.loads(before), "ray_version": "2.9.9"}))

@@ -23,9 +23,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    python = bare_python(tmp_path_factory.mktemp("bare"))
+    directory = tmp_path_factory.mktemp("bare")
+    python = bare_python(directory)
+    code = "import ray, pydantic, apothic"
     have = subprocess.run(
-        [python, "-c", "import ray, pydantic, apothic"], capture_output=True, text=True, check=False
+        [python, "-c", code], cwd=directory, capture_output=True, text=True, check=False
     )
     assert "No module named 'apothic'" in have.stderr
     with running_head(python) as head:

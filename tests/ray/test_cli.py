@@ -35,7 +35,8 @@ class Shelf:
 
 @app.cls(cpu=10_000)
 class Huge:
-    pass
+    @method()
+    def work(self) -> None: ...
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 0) -> str:
@@ -225,7 +226,8 @@ def test_instances_of_apps_that_are_not_deployed(
 
     @other.cls(cpu=0, memory_mb=10)
     class Loose:
-        pass
+        @method()
+        def work(self) -> None: ...
 
     Loose.named("x")
     assert "cli-undeployed:Loose:x" in said(capsys, "instances")
