@@ -1,4 +1,4 @@
-"""An engine for tests: classes run in this process, on threads, with no Ray and no Docker.
+"""An engine for tests: classes in this process, sandboxes on this machine, no Ray and no Docker.
 
 ::
 
@@ -27,7 +27,7 @@ work alike. What one process cannot do:
 - Nothing is placed: constraints, ``cpu`` and ``memory_mb`` are checked and otherwise ignored. Of an
   image only its variables take effect.
 - A volume is a temporary directory behind a link at its mount path; it ends with the engine.
-- There are no sandboxes: `Sandbox.local` gives sessions on this machine without an engine.
+- Sandbox sessions are as `Sandbox.local` gives them, with no isolation; see `apothic.testing.sandboxes`.
 - A call that is stuck in native code keeps its thread, though its instance is replaced. For calls
   ``time.sleep`` is made interruptible while an engine is open.
 """

@@ -1,15 +1,16 @@
 """Sandboxes of an engine for tests: sessions that work on this machine, as `Sandbox.local` does.
 
 Names, handles, leases, the cap on live sessions, secrets and variables are as on a cluster. What one
-machine without containers cannot do: there is **no isolation**, a path is one of this machine, and of
-image, volumes, network, processor and memory nothing takes effect. A session with ``cwd`` at its
-default works in a temporary directory of its own.
+machine without containers cannot do: there is **no isolation**, a path is one of this machine, network,
+processor and memory are not limited, and of an image only its variables take effect. A session with
+``cwd`` at its default works in a temporary directory of its own.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 
 from typing_extensions import override
 
@@ -18,12 +19,12 @@ from apothic.errors import (
     SandboxLimitError,
     SandboxSessionNotFoundError,
     SandboxStartError,
-    SecretNotFoundError,
 )
 from apothic.inprocess import LoopThread
 from apothic.local_session import CoreRef
 from apothic.options import ClassOptions
 from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo, SandboxSpec
+from apothic.testing.process import SetUpError
 from apothic.values import CloseReport
 
 __all__ = ["InProcessSandboxes"]
@@ -34,15 +35,21 @@ _Key = tuple[str, str, str]
 class InProcessSandboxes:
     """The sandbox half of a `ControlPlaneClient`, which forwards to it the methods of the same names."""
 
-    def __init__(self, cluster_id: str, find_secret: Callable[[str], Mapping[str, str]]) -> None:
+    def __init__(
+        self,
+        cluster_id: str,
+        prepare: Callable[[str, ClassOptions, ExitStack], Mapping[str, str]],
+    ) -> None:
         """Start with no sessions.
 
         Args:
             cluster_id: of the control plane.
-            find_secret: gives a stored secret's variables, or raises `SecretNotFoundError`.
+            prepare: is given a session's label and options; makes its volumes, to be undone by the
+                stack when it is closed, and gives the variables of image and secrets. It raises
+                `SetUpError` where it cannot.
         """
         self._cluster_id = cluster_id
-        self._find_secret = find_secret
+        self._prepare = prepare
         self._sessions: dict[_Key, _Session] = {}
         self._specs: dict[str, SandboxSpec] = {}
         self._lock = threading.RLock()
@@ -77,14 +84,24 @@ class InProcessSandboxes:
                 spec_digest=self.store_spec(spec),
                 named=request.named,
             )
-            session = _Session.open(
-                handle,
-                label=f"{spec.app}.{spec.name} {request.sandbox_id!r}",
-                cwd=None if request.cwd == b"/" else request.cwd,
-                env=request.env,
-                concurrent_requests=options.concurrent_requests,
-                secrets=self._variables(spec, options.secrets),
-            )
+            label = f"{spec.app}.{spec.name} {request.sandbox_id!r}"
+            with ExitStack() as undo:
+                try:
+                    variables = self._prepare(label, options, undo)
+                except SetUpError as error:
+                    raise SandboxStartError(str(error)) from None
+                session = _Session.open(
+                    handle,
+                    label=label,
+                    cwd=None if request.cwd == b"/" else request.cwd,
+                    env=request.env,
+                    concurrent_requests=options.concurrent_requests,
+                    secrets={
+                        name.encode(): value.encode("utf-8", "surrogateescape")
+                        for name, value in variables.items()
+                    },
+                )
+                session.undo = undo.pop_all()
             session.network = spec.network
             session.arguments_digest = request.arguments_digest
             session.on_close = lambda: self._forget(key, session)
@@ -137,19 +154,6 @@ class InProcessSandboxes:
         for session in sessions:
             session.close()
 
-    def _variables(self, spec: SandboxSpec, names: Iterable[str]) -> dict[bytes, bytes]:
-        variables: dict[bytes, bytes] = {}
-        for name in names:
-            try:
-                found = self._find_secret(name)
-            except SecretNotFoundError as error:
-                raise SandboxStartError(f"{spec.app}.{spec.name}: {error}") from error
-            variables.update(
-                (key.encode(), value.encode("utf-8", "surrogateescape"))
-                for key, value in found.items()
-            )
-        return variables
-
     def _forget(self, key: _Key, session: _Session) -> None:
         with self._lock:
             if self._sessions.get(key) is session:
@@ -162,11 +166,15 @@ class _Session(CoreRef):
     def __init__(self, handle: SandboxHandle, loop: LoopThread) -> None:
         super().__init__(handle, loop)
         self.on_close: Callable[[], None] = lambda: None
+        self.undo = ExitStack()
 
     @override
     def close(self) -> CloseReport:
         self.on_close()
-        return super().close()
+        try:
+            return super().close()
+        finally:
+            self.undo.close()
 
     @override
     def release(self) -> None:

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import sys
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from apothic import App, AppManifest, Sandbox, Secret
-from apothic.backend import (
-    ControlPlaneClient,
-    InstanceRef,
-    SandboxRef,
-    SandboxRequest,
-    StartRequest,
-    use_client,
-)
-from apothic.errors import (
-    AppNotFoundError,
-    SandboxNotFoundError,
-    SandboxStartError,
-    SecretNotFoundError,
-)
-from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo, SandboxSpec
-from apothic.testing.sandboxes import InProcessSandboxes
-from apothic.values import ClassInstanceHandle, ClassSpec, InstanceInfo
-from apothic.volume import StorageMount
+from apothic import App, Image, Retries, Sandbox, Secret, Volume
+from apothic.backend import SandboxRequest
+from apothic.errors import AppNotFoundError, SandboxNotFoundError, SandboxStartError
+from apothic.testing import FakeControlPlane, fake_engine
 from tests.conformance.sandboxes.base import SandboxSuite, marked
 from tests.conformance.sandboxes.execs import ExecConformance
 from tests.conformance.sandboxes.files import FileConformance
@@ -37,104 +22,12 @@ from tests.conformance.sandboxes.sessions import SessionConformance, SharedSessi
 __all__ = ["marked"]
 
 
-class Engine(ControlPlaneClient):
-    """A control plane with sandboxes alone."""
-
-    def __init__(self) -> None:
-        self.secrets: dict[str, Mapping[str, str]] = {}
-        self.apps: dict[str, AppManifest] = {}
-        self._id = f"test-{uuid.uuid4().hex}"
-        self.sandboxes = InProcessSandboxes(self._id, self.find_secret)
-
-    def find_secret(self, name: str) -> Mapping[str, str]:
-        if name not in self.secrets:
-            raise SecretNotFoundError(f"secret {name!r} is not stored.")
-        return self.secrets[name]
-
-    @property
-    def cluster_id(self) -> str:
-        return self._id
-
-    @property
-    def job_id(self) -> str:
-        return "job"
-
-    def deploy(
-        self, manifest: AppManifest, blobs: Mapping[str, bytes], *, close_outdated: bool
-    ) -> None:
-        self.apps[manifest.name] = manifest
-
-    def find_app(self, name: str) -> AppManifest:
-        if name not in self.apps:
-            raise AppNotFoundError(name)
-        return self.apps[name]
-
-    def list_apps(self) -> list[str]:
-        return list(self.apps)
-
-    def find_spec(self, digest: str) -> ClassSpec | None:
-        return None
-
-    def start(self, request: StartRequest) -> InstanceRef:
-        raise NotImplementedError
-
-    def attach(self, handle: ClassInstanceHandle) -> InstanceRef:
-        raise NotImplementedError
-
-    def list_instances(self, app: str | None = None, cls: str | None = None) -> list[InstanceInfo]:
-        return []
-
-    def put_secret(self, name: str, variables: Mapping[str, str], *, overwrite: bool) -> bool:
-        self.secrets[name] = variables
-        return True
-
-    def list_secrets(self) -> list[str]:
-        return list(self.secrets)
-
-    def delete_secret(self, name: str) -> bool:
-        return self.secrets.pop(name, None) is not None
-
-    def ensure_volume(self, volume: StorageMount) -> None:
-        raise NotImplementedError
-
-    def list_volumes(self) -> list[StorageMount]:
-        return []
-
-    def delete_volume(self, name: str) -> bool:
-        return False
-
-    def explain(self, spec: ClassSpec | SandboxSpec) -> str:
-        return f"{spec.name} runs here"
-
-    def start_sandbox(self, request: SandboxRequest) -> SandboxRef:
-        return self.sandboxes.start_sandbox(request)
-
-    def attach_sandbox(self, handle: SandboxHandle) -> SandboxRef:
-        return self.sandboxes.attach_sandbox(handle)
-
-    def find_sandbox_spec(self, digest: str) -> SandboxSpec | None:
-        return self.sandboxes.find_sandbox_spec(digest)
-
-    def list_sandboxes(
-        self, app: str | None = None, sandbox: str | None = None
-    ) -> list[SandboxSessionInfo]:
-        return self.sandboxes.list_sandboxes(app, sandbox)
-
-    def disconnect(self) -> None:
-        self.sandboxes.close_all()
-
-
 class InProcess(SandboxSuite):
     @pytest.fixture
-    def engine(self) -> Iterator[Engine]:
-        engine = Engine()
-        previous = use_client(engine)
-        try:
+    def engine(self) -> Iterator[FakeControlPlane]:
+        with fake_engine() as engine:
             yield engine
             assert engine.list_sandboxes() == []
-        finally:
-            use_client(previous)
-            engine.disconnect()
 
     @pytest.fixture
     def python(self) -> str:
@@ -158,7 +51,7 @@ class TestInProcessSessions(InProcess, SessionConformance, SharedSessionConforma
 
 
 class TestDeployedSandboxes(InProcess):
-    def test_looking_up(self, engine: Engine) -> None:
+    def test_looking_up(self, engine: FakeControlPlane) -> None:
         app = App("deployed")
         shell = app.sandbox(name="shell", network="internet", tags=["a"], metadata={"b": 1})
         deployment = app.deploy()
@@ -180,9 +73,9 @@ class TestDeployedSandboxes(InProcess):
             assert (info.deployment_id, info.remote_only) == (deployment, False)
             assert found.inspect().remote_only
             assert shell.attach(session.handle).exec("true").ok
-        assert found.explain() == "shell runs here"
+        assert "shell" in found.explain()
 
-    def test_secrets_reach_execs_and_nothing_else(self, engine: Engine) -> None:
+    def test_secrets_reach_execs_and_nothing_else(self, engine: FakeControlPlane) -> None:
         Secret.create("TOKEN", "hunter2")
         sandbox = App("deployed").sandbox(secrets=[Secret.from_name("TOKEN")])
         with sandbox.create(env={"OWN": "1"}) as session:
@@ -192,14 +85,14 @@ class TestDeployedSandboxes(InProcess):
             with sandbox.create(env={"TOKEN": None}) as without:
                 assert "TOKEN" not in without.get_env()
 
-    def test_a_secret_that_is_not_stored(self, engine: Engine) -> None:
+    def test_a_secret_that_is_not_stored(self, engine: FakeControlPlane) -> None:
         sandbox = App("deployed").sandbox(secrets=[Secret.from_name("ABSENT")])
         with pytest.raises(SandboxStartError, match="ABSENT"):
             sandbox.create()
         assert engine.list_sandboxes() == []
 
-    def test_opening_is_tried_again(self, engine: Engine, monkeypatch: Any) -> None:
-        opened, real = [], engine.sandboxes.start_sandbox
+    def test_opening_is_tried_again(self, engine: FakeControlPlane, monkeypatch: Any) -> None:
+        opened, real = [], engine.start_sandbox
 
         class Failing:
             def wait_ready(self) -> None:
@@ -209,9 +102,7 @@ class TestDeployedSandboxes(InProcess):
             opened.append(request.sandbox_id)
             return Failing() if len(opened) < 3 else real(request)
 
-        monkeypatch.setattr(engine.sandboxes, "start_sandbox", start)
-        from apothic import Retries
-
+        monkeypatch.setattr(engine, "start_sandbox", start)
         patient = App("deployed").sandbox(retries=Retries(2, initial_delay=0.01))
         with patient.create() as session:
             assert session.exec("true").ok
@@ -220,3 +111,28 @@ class TestDeployedSandboxes(InProcess):
         with pytest.raises(SandboxStartError):
             App("deployed").sandbox(name="once").create()
         assert len(opened) == 1
+
+    def test_volumes_and_variables_of_the_image(
+        self, engine: FakeControlPlane, tmp_path: Path
+    ) -> None:
+        mount = str(tmp_path / "data")
+        sandbox = App("deployed").sandbox(
+            image=Image.debian_slim().env(FROM="image"),
+            volumes={mount: Volume.from_name("v", create_if_missing=True)},
+        )
+        with sandbox.create() as session:
+            assert session.exec("echo $FROM", shell=True).stdout == "image\n"
+            session.write_text(f"{mount}/file", "kept")
+        assert not (tmp_path / "data").exists()
+        with sandbox.create() as session:
+            assert session.read_text(f"{mount}/file") == "kept"
+
+    def test_deploying_closes_what_is_outdated(self, engine: FakeControlPlane) -> None:
+        app = App("deployed")
+        session = app.sandbox(name="shell").named("a")
+        app.deploy(close_outdated=True)
+        assert session.exec("true").ok
+        newer = App("deployed")
+        newer.sandbox(name="shell", cpu=2)
+        newer.deploy(close_outdated=True)
+        assert engine.list_sandboxes() == []
