@@ -168,6 +168,31 @@ class TestLocalOnly(Local):
             owner.stdin.close()
             owner.stdout.close()
 
+    def test_what_is_left_open_does_not_hold_up_the_end(self, engine: None, tmp_path: Path) -> None:
+        script = tmp_path / "owner.py"
+        script.write_text(
+            "import apothic\n"
+            "session = apothic.App('a').sandbox().local()\n"
+            "stream = session.exec_stream('echo x; sleep 1000', shell=True)\n"
+            "print(next(stream).text, session.exec('echo $PPID', shell=True).stdout, session.pwd())\n"
+        )
+        done = subprocess.run(
+            [sys.executable, str(script)], capture_output=True, text=True, timeout=30, check=True
+        )
+        assert done.stderr == ""
+        directory = Path(done.stdout.split()[-1])
+        eventually(lambda: not directory.exists())
+
+    def test_a_forks_end_is_not_the_sessions(self, session: SandboxSession) -> None:
+        child = os.fork()
+        if child == 0:
+            try:
+                session._ref._end()  # type: ignore[attr-defined]  # as a collection would
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert session.exec("echo on").stdout == "on\n"
+
     def test_a_keeper_killed_from_inside(
         self, session: SandboxSession, python: str, marked: Marked
     ) -> None:
