@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
-from apothic import session_core
+from apothic import uploads
 from apothic.backend import ExecRequest
 from apothic.errors import (
     ExecStartError,
@@ -250,7 +250,7 @@ def test_a_part_that_fails_fails_those_after_it() -> None:
 
 
 def test_an_upload_that_nobody_continues(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_core, "UPLOAD_IDLE_S", 0.01)
+    monkeypatch.setattr(uploads, "UPLOAD_IDLE_S", 0.01)
 
     async def work() -> None:
         workspace = Memory()
