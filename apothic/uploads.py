@@ -26,7 +26,7 @@ class Upload:
         self._offset = 0
         self._failure: BaseException | None = None
         self._moved = asyncio.Condition()
-        self.timer = self._fresh_timer()
+        self.timer: asyncio.TimerHandle = self._fresh_timer()
 
     def _fresh_timer(self) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(UPLOAD_IDLE_S, self._give_up)
