@@ -62,6 +62,7 @@ class FakeControlPlane(ControlPlaneClient):
         self._directory: str | None = None
         self._surroundings = Surroundings()
         self._closed = False
+        self._sandboxes = InProcessSandboxes(self._cluster_id, self._prepare)
         self.watch: Watch = Watch()
         self._sandboxes = InProcessSandboxes(self._cluster_id, self._prepare)
         interruptible_sleep(True)
