@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from apothic.errors import BackendNotFoundError, InvalidOptionError, UsageError
@@ -46,6 +46,8 @@ __all__ = [
 ]
 
 _GROUP = "apothic.backends"
+_OWN_ENGINE = EntryPoint("ray", "ray_backend.client:connect", _GROUP)
+"""Of this distribution, for where its modules are without its metadata, as in a ``py_modules``."""
 
 
 class CallRef(ABC):
@@ -446,7 +448,7 @@ def connect(
     if base_url is not None and (not isinstance(base_url, str) or not base_url.strip()):
         raise InvalidOptionError(
             f"base_url={base_url!r} is not valid: it takes 'ray://host:10001', 'host:6379', 'auto' "
-            f"or 'local'."
+            f"or 'local'. Leave it out for RAY_ADDRESS, or a cluster of this process's own."
         )
     if base_url is None and _default is not None:
         return _default
@@ -465,11 +467,14 @@ def use_client(client: ControlPlaneClient | None) -> ControlPlaneClient | None:
 
 
 def _engine() -> Callable[[str | None], ControlPlaneClient]:
-    found = list(entry_points(group=_GROUP))
-    if not found:
+    found = next(iter(entry_points(group=_GROUP)), _OWN_ENGINE)
+    try:
+        engine: Callable[[str | None], ControlPlaneClient] = found.load()
+    except ModuleNotFoundError as error:
+        if error.name is None or not found.module.startswith(error.name):
+            raise
         raise BackendNotFoundError(
-            f"no installed package provides the entry-point group {_GROUP!r}, which holds the "
-            f"engines. Install the distribution: pip install apothic-ray."
-        )
-    engine: Callable[[str | None], ControlPlaneClient] = found[0].load()
+            f"the engine {found.value!r} is not installed here, and no other package provides the "
+            f"entry-point group {_GROUP!r}. Install the distribution: pip install apothic-ray."
+        ) from None
     return engine

@@ -62,7 +62,8 @@ def check_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(key, str) for key in metadata):
         raise InvalidOptionError(
-            f"metadata={metadata!r} is not valid: it takes a dict with string keys."
+            f"metadata={metadata!r} is not valid: it takes a dict with string keys. "
+            f"Write metadata={{'key': 'value'}}."
         )
     try:
         copy: dict[str, Any] = json.loads(json.dumps(metadata, allow_nan=False))

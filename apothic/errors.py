@@ -27,7 +27,7 @@
     │   ├── EnvironmentSetupError               a node cannot make the image or runtime environment
     │   └── PlacementError
     │       ├── NoMatchingOfferError            no node can ever run it
-    │       └── PlacementTimeoutError           nodes match, but none had room in time
+    │       └── PlacementTimeoutError (TimeoutError)  nodes match, but none had room in time
     ├── InstanceError
     │   ├── InstanceStartError                  construction or an ``enter`` hook failed
     │   ├── InstanceLostError                   its process, node or cluster died

@@ -213,7 +213,7 @@ def check_seconds(name: str, value: object) -> float:
     ):
         raise InvalidOptionError(
             f"{name}={value!r} is not valid: it takes a finite number of seconds above 0. "
-            f"Raise it for work that takes long."
+            f"Give seconds as a number, a large one for work that takes long."
         )
     return value
 

@@ -9,6 +9,7 @@ every process, which makes redeploying idempotent and keeps a class's identity o
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import io
@@ -58,14 +59,19 @@ def pack_class(cls: type[Any]) -> bytes:
     sources = sources_of(modules)
     classes = {name: _classes_of(name) for name in sorted(modules)}
     try:
-        return dumps((cls, classes, sources))
+        return dumps((cls, classes, sources), reproducibly=True)
     except SerializationError:
         # A class of the module that nobody needs may be the one that cannot be pickled.
-        return dumps((cls, {}, sources))
+        return dumps((cls, {}, sources), reproducibly=True)
 
 
-def dumps(value: object, *, by_value: bool = True) -> bytes:
+def dumps(value: object, *, by_value: bool = True, reproducibly: bool = False) -> bytes:
     """Pickle ``value``, the user's modules by value.
+
+    Args:
+        value: anything.
+        by_value: whether the user's modules are.
+        reproducibly: equal content gives equal bytes in every process; slower for large containers.
 
     Raises:
         SerializationError: naming the type, the reason and what to do.
@@ -73,6 +79,11 @@ def dumps(value: object, *, by_value: bool = True) -> bytes:
     registered = _register(local_modules()) if by_value else []
     try:
         buffer = io.BytesIO()
+        if reproducibly:
+            with contextlib.suppress(RecursionError):  # C goes deeper than Python
+                _SamePickler(buffer).dump(value)
+                return buffer.getvalue()
+            buffer = io.BytesIO()
         _Pickler(buffer).dump(value)
         return buffer.getvalue()
     except Exception as error:
@@ -203,24 +214,8 @@ def _describe(value: object) -> str:
     return f"a value of type {type(value).__module__}.{type(value).__qualname__}"
 
 
-class _Sorted:
-    """Stands for a frozenset among a code object's constants, whose order is random per process."""
-
-    def __init__(self, items: frozenset[object]) -> None:
-        self._items = items
-
-    def __reduce__(self) -> tuple[type[frozenset[object]], tuple[list[object]]]:
-        return frozenset, (sorted(self._items, key=lambda item: (type(item).__name__, repr(item))),)
-
-
-def _sort_sets(value: object) -> object:
-    if isinstance(value, tuple):
-        return tuple(_Sorted(item) if isinstance(item, frozenset) else item for item in value)
-    return value
-
-
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
-    """cloudpickle's pickler, with bytes and class identities that do not vary by process.
+class _ByValue:
+    """What cloudpickle would do otherwise: class identities, exceptions with odd constructors.
 
     cloudpickle marks a class that it pickles by value with a random id, by which the same class is
     found again when it comes back. Here the id follows from the class's place and source, so that
@@ -230,19 +225,62 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, type):
             _pin_class_id(obj)
-        elif isinstance(obj, types.CodeType) and any(
-            isinstance(const, frozenset) for const in obj.co_consts
-        ):
-            make, args = internals._code_reduce(obj)
-            return make, tuple(_sort_sets(arg) for arg in args)
         elif isinstance(obj, BaseException) and _plain_reduce(type(obj)):
-            return _rebuild_exception, (type(obj), obj.args, _state_of(obj))
-        reduced = super().reducer_override(obj)
+            # OSError and some others have more to keep than the arguments that they pass on.
+            reduced: Any = obj.__reduce__()
+            state = dict(reduced[2]) if len(reduced) > 2 else {}
+            fields = {name: state[name] for name in state.keys() - obj.__dict__.keys()}
+            return _rebuild_exception, (type(obj), reduced[1], dict(obj.__dict__), fields)
+        reduced = internals.Pickler.reducer_override(self, obj)
         if isinstance(reduced, tuple) and reduced[-1] is internals._class_setstate:
             # This process has the class whole: it comes back to what it was, see _fill_class.
             _whole_classes.add(obj)
+            reduced[2][0].pop(
+                "__slotnames__", None
+            )  # noted by copyreg once an instance was pickled
             return (*reduced[:-1], _fill_class)
         return reduced
+
+
+class _Pickler(_ByValue, cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
+    """The fast one, in C."""
+
+
+class _SamePickler(_ByValue, pickle._Pickler):
+    """Gives equal bytes for equal content in every process. In Python, so only for what is compared.
+
+    The order of sets is random per process, and C's pickler asks nobody about them. Which equal
+    strings are one object varies, too, so that no string is referred back to.
+    """
+
+    dispatch_table = internals.Pickler.dispatch_table
+    _function_reduce = internals.Pickler._function_reduce
+    _dynamic_function_reduce = internals.Pickler._dynamic_function_reduce
+    _function_getnewargs = internals.Pickler._function_getnewargs
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=internals.DEFAULT_PROTOCOL)
+        self.globals_ref: dict[int, dict[str, Any]] = {}
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is set and obj:  # filled after it is known: it may hold what refers to it
+            return set, (), sorted(obj, key=_sort_key), None, None, set.update
+        if type(obj) is frozenset and obj:
+            return frozenset, (sorted(obj, key=_sort_key),)
+        return super().reducer_override(obj)
+
+    def memoize(self, obj: Any) -> None:
+        if type(obj) not in (str, bytes):
+            super().memoize(obj)  # type: ignore[misc]  # typeshed does not show it
+
+
+def _sort_key(item: object) -> str:
+    if isinstance(item, (tuple, frozenset)):
+        keys = map(_sort_key, item)
+        return f"{type(item)}{list(keys) if isinstance(item, tuple) else sorted(keys)}"
+    text = repr(item)
+    # An address says nothing; such items keep the order that they have.
+    return f"{type(item)}" if " at 0x" in text else f"{type(item)}{text}"
 
 
 _whole_classes: weakref.WeakSet[type[Any]] = weakref.WeakSet()
@@ -285,20 +323,20 @@ def _source_or_names(cls: type[Any]) -> str:
 
 
 def _plain_reduce(cls: type[BaseException]) -> bool:
-    """Whether exceptions of this class leave pickling to BaseException."""
+    """Whether exceptions of this class leave pickling to the builtin that they derive from."""
+    reduces = next(base for base in cls.__mro__ if "__reduce__" in vars(base))
     return (
-        cls.__reduce__ is BaseException.__reduce__
+        reduces.__module__ == "builtins"
         and cls.__reduce_ex__ is object.__reduce_ex__
         and cls.__module__ != "builtins"
     )
 
 
-def _state_of(error: BaseException) -> dict[str, Any]:
-    return dict(error.__dict__)
-
-
 def _rebuild_exception(
-    cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]
+    cls: type[BaseException],
+    args: tuple[Any, ...],
+    state: dict[str, Any],
+    fields: dict[str, Any],
 ) -> BaseException:
     """Make an exception again without its own ``__init__``, whose parameters may be others."""
     error = cls.__new__(cls, *args)
@@ -311,6 +349,10 @@ def _rebuild_exception(
                 error.args = args
             break
     error.__dict__.update(state)
+    if fields:
+        BaseException.__setstate__(
+            error, fields
+        )  # kept outside __dict__, for instance ImportError.name
     return error
 
 
@@ -369,6 +411,6 @@ def _canonical(value: object) -> bytes:
         items = value.items()  # type: ignore[attr-defined]
         parts = sorted(_canonical(key) + b"=" + _canonical(item) for key, item in items)
     else:
-        parts = [dumps(value)]
+        parts = [dumps(value, reproducibly=True)]
     # The lengths keep ["ab"] and ["a", "b"] apart.
     return kind.__name__.encode() + b"[" + b",".join(b"%d:%s" % (len(p), p) for p in parts) + b"]"

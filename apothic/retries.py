@@ -49,7 +49,7 @@ class Retries:
             ):
                 raise InvalidOptionError(
                     f"{name}={value!r} is not valid: it takes a finite number of at least {low}. "
-                    f"Delays are in seconds."
+                    f"Leave it out for {type(self).__dataclass_fields__[name].default:g}."
                 )
         if self.max_delay < self.initial_delay:
             raise InvalidOptionError(

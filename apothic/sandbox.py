@@ -368,22 +368,27 @@ class Sandbox:
         """Open a session, again after a failure as far as ``retries`` allows; execs have no retries."""
         client, policy, attempt = self._client(), self._options.retries, 1
         while True:
-            ref = client.start_sandbox(request())
             try:
-                ref.wait_ready()
+                return self._open_once(client, request())
             except (SandboxStartError, SandboxLostError):
                 if attempt > policy.max_retries:
                     raise
-            except BaseException:
-                ref.release()
-                raise
-            else:
-                return SandboxSession(self, ref)
             time.sleep(policy.delay_s(attempt))
             attempt += 1
 
+    def _open_once(self, client: ControlPlaneClient, request: SandboxRequest) -> SandboxSession:
+        ref = client.start_sandbox(request)
+        try:
+            ref.wait_ready()
+        except (SandboxStartError, SandboxLostError):
+            raise  # nothing of it is left
+        except BaseException:
+            ref.release()
+            raise
+        return SandboxSession(self, ref)
+
     def _find(self, handle: SandboxHandle | dict[str, Any] | str) -> SandboxRef:
-        parsed = SandboxHandle.parse(handle)
+        parsed = _parse(handle)
         if (parsed.app, parsed.sandbox) != (self._app_name or "", self._name):
             raise HandleError(
                 f"the handle is of {parsed.app}.{parsed.sandbox}, not of {self.label}. Use the sandbox "
@@ -416,7 +421,7 @@ def session_from_handle(handle: SandboxHandle | dict[str, Any] | str) -> Sandbox
         HandleError: when the handle is malformed or of another cluster.
         SandboxSessionNotFoundError: when the session is gone.
     """
-    parsed, connection = SandboxHandle.parse(handle), connect()
+    parsed, connection = _parse(handle), connect()
     _check_cluster(parsed, connection)
     spec = connection.find_sandbox_spec(parsed.spec_digest)
     if spec is None:
@@ -427,12 +432,17 @@ def session_from_handle(handle: SandboxHandle | dict[str, Any] | str) -> Sandbox
     return Sandbox(spec, client=lambda: connection).attach(parsed)
 
 
-def _check_cluster(handle: SandboxHandle, client: ControlPlaneClient) -> None:
-    if handle.cluster_id == LOCAL_CLUSTER:
+def _parse(handle: SandboxHandle | dict[str, Any] | str) -> SandboxHandle:
+    parsed = SandboxHandle.parse(handle)
+    if parsed.cluster_id == LOCAL_CLUSTER:
         raise HandleError(
-            f"the handle of {handle.sandbox_id!r} is of a local session, which only the process that "
+            f"the handle of {parsed.sandbox_id!r} is of a local session, which only the process that "
             f"opened it can use. Use create or named for one that others can reach."
         )
+    return parsed
+
+
+def _check_cluster(handle: SandboxHandle, client: ControlPlaneClient) -> None:
     if handle.cluster_id != client.cluster_id:
         raise HandleError(
             f"the handle of {handle.sandbox_id!r} is of cluster {handle.cluster_id!r}, this process is "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import signal as signals
-from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
@@ -150,12 +149,12 @@ class SandboxExecResult(Value):
     oom_killed: bool = False
     memory_mb: int | None = None
 
-    @cached_property
+    @property
     def stdout(self) -> str:
         """Standard output as text: UTF-8, undecodable bytes replaced."""
         return self.stdout_bytes.decode("utf-8", "replace")
 
-    @cached_property
+    @property
     def stderr(self) -> str:
         """Standard error as text: UTF-8, undecodable bytes replaced."""
         return self.stderr_bytes.decode("utf-8", "replace")

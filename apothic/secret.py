@@ -142,7 +142,7 @@ def _variables(name: str, value: str | Mapping[str, str]) -> dict[str, str]:
     else:
         raise InvalidOptionError(
             f"the value of secret {name!r} is a {type(value).__name__}: it takes a string, or a "
-            f"non-empty mapping of environment variables to strings."
+            f"non-empty mapping of environment variables to strings. Convert it first."
         )
     for key, text in variables.items():
         if not isinstance(text, str) or "\0" in text:

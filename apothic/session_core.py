@@ -16,7 +16,7 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import NamedTuple
 
@@ -26,16 +26,11 @@ from apothic.errors import (
     SandboxClosedError,
     SandboxError,
     SandboxFileError,
-    SandboxFileExistsError,
-    SandboxFileNotFoundError,
-    SandboxIsADirectoryError,
-    SandboxNoSpaceError,
-    SandboxNotADirectoryError,
-    SandboxPermissionError,
 )
+from apothic.file_errors import file_error, shown, typed
+from apothic.uploads import UPLOAD_IDLE_S, Upload
 from apothic.workspace import (
     Command,
-    FileWriter,
     OutputKind,
     Process,
     StartFailure,
@@ -43,7 +38,7 @@ from apothic.workspace import (
     Workspace,
 )
 
-__all__ = ["KILL_GRACE_S", "STREAMS", "VERBS", "SessionCore", "SessionStatus", "file_error"]
+__all__ = ["KILL_GRACE_S", "STREAMS", "VERBS", "SessionCore", "SessionStatus"]
 
 VERBS = (
     "pwd", "get_env", "chdir", "update_env", "exists", "listdir", "mkdir", "read", "write",
@@ -60,20 +55,6 @@ KILL_GRACE_S = 1.0
 READ_BYTES = 1024 * 1024
 """How much `read_stream` gives at once."""
 
-UPLOAD_IDLE_S = 300.0
-"""Seconds after which an upload that nobody continues is given up."""
-
-_FILE_ERRORS: Mapping[int, type[SandboxFileError]] = {
-    errno.ENOENT: SandboxFileNotFoundError,
-    errno.EEXIST: SandboxFileExistsError,
-    errno.EISDIR: SandboxIsADirectoryError,
-    errno.ENOTDIR: SandboxNotADirectoryError,
-    errno.EACCES: SandboxPermissionError,
-    errno.EPERM: SandboxPermissionError,
-    errno.EROFS: SandboxPermissionError,
-    errno.ENOSPC: SandboxNoSpaceError,
-    errno.EDQUOT: SandboxNoSpaceError,
-}
 _NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
 _NOT_EXECUTABLE = (errno.EACCES, errno.EPERM, errno.ENOEXEC, errno.EISDIR, errno.ELOOP)
 
@@ -117,7 +98,7 @@ class SessionCore:
         self._own: dict[bytes, bytes | None] = {}
         self._cwd = b"/"
         self._saving = asyncio.Lock()
-        self._uploads: dict[str, _Upload] = {}
+        self._uploads: dict[str, Upload] = {}
         self._running = 0
         self._finished = 0
         self._started_unix_s = time.time()
@@ -139,7 +120,7 @@ class SessionCore:
         self._cwd = _join(b"/", cwd)
         self._own = dict(env)
         if self._cwd != b"/":
-            with _typed(self._cwd):
+            with typed(self._cwd):
                 await self._workspace.mkdir(self._cwd, parents=True, exist_ok=True)
         await self._save()
 
@@ -173,7 +154,7 @@ class SessionCore:
             target = os.path.normpath(_join(self._cwd, path))
             # Two leading slashes are one, whatever POSIX allows them to mean.
             target = b"/" + target.lstrip(b"/")
-            with _typed(target):
+            with typed(target):
                 found = await self._workspace.stat(target)
             if not stat.S_ISDIR(found.mode):
                 raise file_error(errno.ENOTDIR, target)
@@ -195,7 +176,7 @@ class SessionCore:
         with self._call():
             target = _join(self._cwd, path)
             try:
-                with _typed(target):
+                with typed(target):
                     await self._workspace.stat(target)
             except SandboxFileError as error:
                 if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
@@ -207,14 +188,14 @@ class SessionCore:
         """Give the names in a directory, sorted."""
         with self._call():
             target = _join(self._cwd, path)
-            with _typed(target):
+            with typed(target):
                 return sorted(await self._workspace.listdir(target))
 
     async def mkdir(self, path: bytes, parents: bool, exist_ok: bool) -> bytes:
         """Make a directory; give its absolute path."""
         with self._call():
             target = _join(self._cwd, path)
-            with _typed(target):
+            with typed(target):
                 await self._workspace.mkdir(target, parents=parents, exist_ok=exist_ok)
             return target
 
@@ -222,7 +203,7 @@ class SessionCore:
         """Give a whole file of up to ``limit`` bytes; None when it is longer."""
         with self._call():
             target = _join(self._cwd, path)
-            with _typed(target):
+            with typed(target):
                 reader = await self._workspace.open_reader(target)
                 try:
                     pieces, size = [], 0
@@ -239,11 +220,11 @@ class SessionCore:
         """Give a file in pieces; the same file throughout, whatever happens to its name."""
         with self._call():
             target = _join(self._cwd, path)
-            with _typed(target):
+            with typed(target):
                 reader = await self._workspace.open_reader(target)
             try:
                 while True:
-                    with _typed(target):
+                    with typed(target):
                         piece = await reader.read(READ_BYTES)
                     if not piece:
                         break
@@ -255,7 +236,7 @@ class SessionCore:
         """Write a whole file; give its absolute path."""
         with self._call():
             target = _join(self._cwd, path)
-            with _typed(target, writing=True):
+            with typed(target, writing=True):
                 writer = await self._workspace.open_writer(
                     target, append=append, make_parents=make_parents, size=len(data)
                 )
@@ -272,12 +253,12 @@ class SessionCore:
         """Begin to write a file in parts; give the upload's id."""
         with self._call():
             target = _join(self._cwd, path)
-            with _typed(target, writing=True):
+            with typed(target, writing=True):
                 writer = await self._workspace.open_writer(
                     target, append=append, make_parents=make_parents, size=size
                 )
             upload_id = uuid.uuid4().hex
-            self._uploads[upload_id] = _Upload(target, writer, lambda: self._give_up(upload_id))
+            self._uploads[upload_id] = Upload(target, writer, lambda: self._give_up(upload_id))
             return upload_id
 
     async def upload_part(self, upload_id: str, offset: int, data: bytes) -> None:
@@ -292,7 +273,7 @@ class SessionCore:
             del self._uploads[upload_id]
             upload.timer.cancel()
             try:
-                with _typed(upload.path, writing=True):
+                with typed(upload.path, writing=True):
                     await upload.writer.finish()
             finally:
                 await upload.writer.abort()
@@ -403,10 +384,10 @@ class SessionCore:
             return 126, b"%s: cannot be executed: %s\n" % (program, os.strerror(number).encode())
         if failure.stage is StartStage.CWD:
             raise file_error(number, command.cwd)
-        name = _shown(program)
+        name = shown(program)
         if failure.stage is StartStage.USER:
             raise ExecStartError(
-                f"{self._label}: user={_shown(command.user)} cannot run {name}: "
+                f"{self._label}: user={shown(command.user)} cannot run {name}: "
                 f"{os.strerror(number)}. Name a user that exists inside and that this session may "
                 f"become.",
                 number,
@@ -437,7 +418,7 @@ class SessionCore:
         async with self._saving:
             await self._workspace.save_state(_pack_state(self._cwd, self._own))
 
-    def _upload(self, upload_id: str) -> _Upload:
+    def _upload(self, upload_id: str) -> Upload:
         upload = self._uploads.get(upload_id)
         if upload is None:
             raise SandboxError(
@@ -497,72 +478,6 @@ class _Kept:
 
     def join(self) -> bytes:
         return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-
-
-class _Upload:
-    """A file that comes in parts."""
-
-    def __init__(self, path: bytes, writer: FileWriter, give_up: Callable[[], None]) -> None:
-        self.path = path
-        self.writer = writer
-        self._give_up = give_up
-        self._offset = 0
-        self._failure: BaseException | None = None
-        self._moved = asyncio.Condition()
-        self.timer = self._fresh_timer()
-
-    def _fresh_timer(self) -> asyncio.TimerHandle:
-        return asyncio.get_running_loop().call_later(UPLOAD_IDLE_S, self._give_up)
-
-    async def write(self, offset: int, data: bytes) -> None:
-        self.timer.cancel()
-        self.timer = self._fresh_timer()
-        async with self._moved:
-            await self._moved.wait_for(lambda: self._offset == offset or self._failure is not None)
-            if self._failure is not None:
-                raise self._failure
-            try:
-                with _typed(self.path, writing=True):
-                    await self.writer.write(data)
-                self._offset += len(data)
-            except BaseException as error:
-                self._failure = error
-                raise
-            finally:
-                self._moved.notify_all()
-
-    async def abort(self) -> None:
-        async with self._moved:
-            self._failure = SandboxError(f"the upload to {_shown(self.path)} was given up.")
-            self._moved.notify_all()
-        await self.writer.abort()
-
-
-def file_error(number: int, path: bytes, *, writing: bool = False) -> SandboxFileError:
-    """Give the typed error for an errno at a path."""
-    remedy = ""
-    if number == errno.ENOENT and writing:
-        remedy = " Its directory is missing: make_parents=True makes it."
-    elif number == errno.EOPNOTSUPP:
-        remedy = " Only regular files and devices can be read and written; use exec for the others."
-    text = f"{_shown(path)}: {os.strerror(number)}.{remedy}"
-    kind = _FILE_ERRORS.get(number, SandboxFileError)
-    return kind(text, number, path.decode("utf-8", "surrogateescape"))
-
-
-@contextmanager
-def _typed(path: bytes, *, writing: bool = False) -> Iterator[None]:
-    """Have plain errors of the kernel come as ours, with the path."""
-    try:
-        yield
-    except SandboxError:
-        raise
-    except OSError as error:
-        raise file_error(error.errno or errno.EIO, path, writing=writing) from None
-
-
-def _shown(value: bytes) -> str:
-    return repr(value.decode("utf-8", "backslashreplace"))
 
 
 def _join(cwd: bytes, path: bytes) -> bytes:

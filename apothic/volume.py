@@ -56,7 +56,8 @@ class StorageMount:
             or size <= 0
         ):
             raise InvalidOptionError(
-                f"volume size_gb={size!r} is not valid: it takes a number of GB above 0."
+                f"volume size_gb={size!r} is not valid: it takes a number of GB above 0. "
+                f"Leave it out where any size will do."
             )
         if self.mount_path is not None:
             _check_path(self.mount_path)
@@ -209,7 +210,7 @@ def mounts_from(
     else:
         raise InvalidOptionError(
             f"volumes={volumes!r} is not valid: it takes {{'/path': volume}} or a list of volumes "
-            f"that have a mount_path."
+            f"that have a mount_path. Write {{'/data': Volume.from_name('name')}}."
         )
     found: dict[str, StorageMount] = {}
     for path, mount in pairs:

@@ -356,20 +356,35 @@ class RayClient(ControlPlaneClient):
         self.manager.ask(lambda manager: manager.release.remote(name, self.holder))
 
     def list_instances(self, app: str | None = None, cls: str | None = None) -> list[InstanceInfo]:
-        """List live instances from their leases, asking none of them."""
-        records = self.manager.ask(lambda manager: manager.records.remote())
-        alive = set(instance_names())
+        """List live instances as their leases and Ray know them, asking none of them.
+
+        So ``ready`` means that the process is up; `inspect_instance` asks whether ``enter`` is done.
+        """
+        found = self.manager.ask(lambda manager: manager.instances.remote())
+        wanted = [
+            lease
+            for _, lease in sorted(found.items())
+            if app in (None, lease["app"]) and cls in (None, lease["cls"])
+        ]
+        specs = {
+            digest: self.find_spec(digest) for digest in {each["spec_digest"] for each in wanted}
+        }
         return [
             InstanceInfo(
                 app=lease["app"],
                 cls=lease["cls"],
                 instance_id=lease["instance_id"],
                 named=lease["named"],
-                state="ready",
+                state=lease["state"],
                 spec_digest=lease["spec_digest"],
+                tags=spec.tags if spec else (),
+                metadata=spec.metadata if spec else {},
+                pid=lease["pid"],
+                node_id=lease["node_id"],
+                restarts=lease["restarts"],
             )
-            for name, lease in sorted(records.items())
-            if name in alive and app in (None, lease["app"]) and cls in (None, lease["cls"])
+            for lease in wanted
+            for spec in [specs[lease["spec_digest"]]]
         ]
 
     def take_timeout(self, task_id: str, actor_id: str, *, overdue: bool) -> str | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +29,16 @@ ORPHAN_CHECK_MS = 5000
 end them while their exit hooks run, when the process that started the cluster was killed."""
 
 _CLIENT_TIMEOUT_S = 5.0
+
+# What a client says first to a gRPC server, and the type in the head of the frame that answers
+# (RFC 9113, sections 3.4, 4.1 and 6.5).
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+_HTTP2_FRAME_HEAD_BYTES = 9
+_HTTP2_SETTINGS = b"\4"
+
+_GCS_PATIENCE_VARIABLE = "RAY_gcs_server_port_wait_time_s"
+_GCS_PATIENCE_S = 5
+"""How long Ray may go on asking a GCS that listens and refuses; its default is 20 seconds."""
 
 
 @dataclass(frozen=True)
@@ -56,32 +69,54 @@ def ensure_connected(base_url: str | None) -> None:
     if where.address is None:
         _start_here()
         return
-    if not where.address.startswith("ray://") and where.address != "auto":
+    if where.address != "auto":
         _check_listening(where)
     try:
-        ray.init(address=where.address, namespace=NAMESPACE, log_to_driver=True)
+        if where.address.startswith("ray://"):
+            ray_api.ping_client_server(where.address.removeprefix("ray://"), _CLIENT_TIMEOUT_S)
+        with _impatient():
+            ray.init(
+                address=where.address,
+                namespace=NAMESPACE,
+                log_to_driver=True,
+                logging_level=logging.WARNING,
+            )
     except Exception as error:
         raise _translated(error, where) from error
 
 
 def _wanted(base_url: str | None) -> _Where:
-    if base_url is None:
-        address = os.environ.get("RAY_ADDRESS")
-        if address:
-            return _Where(address, "RAY_ADDRESS")
+    address, said_by = base_url, "base_url"
+    if base_url in (None, "auto") and os.environ.get("RAY_ADDRESS"):
+        # Ray itself lets RAY_ADDRESS decide what "auto" is; in a submitted job that is its cluster.
+        address, said_by = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
+    if address is None:
         return _Where(None, "default")
-    if base_url == "local":
-        return _Where(None, "base_url")
-    if base_url != "auto":
-        rest = base_url.removeprefix("ray://")
+    if address == "local":
+        return _Where(None, said_by)
+    if address != "auto":
+        rest = address.removeprefix("ray://")
         host, colon, port = rest.rpartition(":")
         if not colon or not host or not port.isdigit() or "://" in rest:
             raise InvalidOptionError(
-                f"base_url={base_url!r} is not valid: it takes 'ray://host:10001' (Ray Client), "
+                f"{said_by}={address!r} is not valid: it takes 'ray://host:10001' (Ray Client), "
                 f"'host:6379' (a node of the cluster), 'auto' (the cluster on this machine) or "
                 f"'local' (one started here)."
             )
-    return _Where(base_url, "base_url")
+    return _Where(address, said_by)
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Have Ray give up soon on a GCS that refuses, unless the user has said how long to wait."""
+    if _GCS_PATIENCE_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[_GCS_PATIENCE_VARIABLE] = str(_GCS_PATIENCE_S)
+    try:
+        yield
+    finally:
+        del os.environ[_GCS_PATIENCE_VARIABLE]
 
 
 def _check_same(base_url: str | None) -> None:
@@ -126,6 +161,7 @@ def _start_here() -> None:
         "namespace": NAMESPACE,
         "include_dashboard": False,
         "log_to_driver": True,
+        "logging_level": logging.WARNING,
         "_system_config": {"raylet_death_check_interval_milliseconds": ORPHAN_CHECK_MS},
     }
     # RAY_ADDRESS may be set for others: "local" makes ray.init start a new cluster regardless.
@@ -133,29 +169,45 @@ def _start_here() -> None:
 
 
 def _check_listening(where: _Where) -> None:
-    """Fail at once where nothing listens: Ray itself would try for a minute and more."""
+    """Fail at once where nothing listens, or no gRPC server: Ray would try for a minute and more."""
     assert where.address is not None
-    host, _, port = where.address.rpartition(":")
-    if not port.isdigit():
-        return
+    host, _, port = where.address.removeprefix("ray://").rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CLIENT_TIMEOUT_S).close()
+        with socket.create_connection(
+            (host.strip("[]"), int(port)), _CLIENT_TIMEOUT_S
+        ) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+                return
+            connection.sendall(_HTTP2_PREFACE)
+            answer = connection.recv(_HTTP2_FRAME_HEAD_BYTES)
+    except TimeoutError:
+        answer = b""
     except OSError as error:
         raise ConnectionFailedError(
             f"no Ray cluster answers at {where.address} (from {where.said_by}): {error}. Start one "
             f"there with `ray start --head`, correct the address, or use base_url='local'."
         ) from None
+    if answer[3:4] != _HTTP2_SETTINGS:
+        raise ConnectionFailedError(_other_server(where))
+
+
+def _other_server(where: _Where) -> str:
+    return (
+        f"the Ray cluster at {where.address} (from {where.said_by}) cannot be reached: what listens "
+        f"there does not answer as a Ray head does. Check the address: 'host:port' takes the GCS "
+        f"port (6379), 'ray://host:port' the Ray Client port (10001)."
+    )
 
 
 def _translated(error: Exception, where: _Where) -> ConnectionFailedError:
     text = f"{type(error).__name__}: {error}".strip()
-    low = text.lower()
+    low = f"{text} {_causes(error)}".lower()
     source = f"{where.address} (from {where.said_by})"
-    if "authentication" in low or "unauthenticated" in low or "auth token" in low or "token" in low:
+    if "authentication" in low or "unauthenticated" in low or "auth token" in low:
         return AuthenticationError(
-            f"the Ray cluster at {source} wants another token than this process has. Set "
-            f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file (on the head: "
-            f"~/.ray/auth_token). Ray says: {text[:300]}"
+            f"the Ray cluster at {source} wants a token, and this process {_own_token()}. Set "
+            f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a copy of the cluster's token file (on "
+            f"the head: ~/.ray/auth_token), or RAY_AUTH_TOKEN to the token."
         )
     if (
         "version mismatch" in low
@@ -172,14 +224,17 @@ def _translated(error: Exception, where: _Where) -> ConnectionFailedError:
             f"no Ray cluster runs on this machine, which {source} asks for. Start one with `ray start "
             f"--head`, or use base_url='local'."
         )
-    hint = ""
-    if isinstance(error, ConnectionError):
-        # A cluster with token authentication refuses a process without one in no more words.
-        hint = (
-            " If the cluster uses token authentication, set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN_PATH here."
-        )
-    return ConnectionFailedError(
-        f"the Ray cluster at {source} cannot be reached. Check the address and that its ports are "
-        f"open.{hint} Ray says: {text[:400]}"
-    )
+    return ConnectionFailedError(f"{_other_server(where)} Ray says: {text[:400]}")
+
+
+def _causes(error: BaseException) -> str:
+    """Give the texts of what caused an error: Ray's own says no more than that it failed."""
+    cause = error.__cause__ or error.__context__
+    return "" if cause is None else f"{type(cause).__name__}: {cause} {_causes(cause)}"
+
+
+def _own_token() -> str:
+    """Tell, in words, whether this process sends a token; never the token."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return "sends another one, or none"
+    return "sends none: RAY_AUTH_MODE is not 'token'"

@@ -121,6 +121,27 @@ class Manager:
         """Give all leases."""
         return self._book.records()
 
+    def instances(self) -> dict[str, dict[str, Any]]:
+        """Give the leases of the instances that exist, with what Ray knows of each, asking none."""
+        found = {}
+        exist = set(self.instance_names())
+        for name, lease in self.records().items():
+            if name not in exist:
+                continue
+            try:
+                actor = ray.get_actor(name, namespace=NAMESPACE)
+            except ValueError:
+                continue  # it has ended since
+            record = ray_api.actor_record(actor._actor_id.hex())
+            found[name] = {
+                **lease,
+                "state": "ready" if record.get("State") == "ALIVE" else "starting",
+                "restarts": int(record.get("NumRestarts", 0)),
+                "pid": record.get("Pid") or None,
+                "node_id": record.get("Address", {}).get("NodeID") or None,
+            }
+        return found
+
     def ping(self) -> int:
         """Give the protocol version."""
         return PROTOCOL_VERSION

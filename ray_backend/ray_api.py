@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ __all__ = [
     "is_own_cluster",
     "live_jobs",
     "live_nodes",
+    "ping_client_server",
     "restart_count",
     "session_directory",
 ]
@@ -152,6 +154,30 @@ def restart_count(actor_id: str | None) -> int:
 def is_client_mode() -> bool:
     """Tell whether this process talks to the cluster through a ``ray://`` proxy."""
     return bool(ray.util.client.ray.is_connected())  # type: ignore[no-untyped-call]
+
+
+def ping_client_server(address: str, timeout_s: float) -> None:
+    """Call a Ray Client server once, as this process is authenticated.
+
+    Ray itself takes half a minute to give up on a server that refuses its token, and says "timeout".
+
+    Raises:
+        PermissionError: when it refuses this process's token, or its having none; no other failure.
+    """
+    try:
+        grpc: Any = import_module("grpc")
+        utils: Any = import_module("ray._private.grpc_utils")
+        messages: Any = import_module("ray.core.generated.ray_client_pb2")
+        stubs: Any = import_module("ray.core.generated.ray_client_pb2_grpc")
+    except ImportError:
+        return  # without grpcio ray.init() says what to install; older Ray has no tokens
+    with utils.init_grpc_channel(address) as channel:
+        ping = messages.ClusterInfoRequest(type=messages.ClusterInfoType.PING)
+        try:
+            stubs.RayletDriverStub(channel).ClusterInfo(ping, timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise PermissionError(f"unauthenticated: {error.details()}") from None
 
 
 def is_own_cluster() -> bool:

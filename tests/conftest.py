@@ -15,9 +15,17 @@ from tests.support import eventually, processes_of_run
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+# The suites are no test modules themselves; their assertions are to tell as much.
+pytest.register_assert_rewrite("tests.conformance")
+
 
 RUN_VARIABLE = "APOTHIC_TEST_RUN"
 """Every process that a test starts, however far down, has it in its environment."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run what needs the shared cluster last: it lives until the end, and takes its share."""
+    items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session", autouse=True)

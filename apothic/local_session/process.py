@@ -37,6 +37,10 @@ class Pipes:
         """Make them; each fd is closed by `close_theirs`, or by the process made of them."""
         self.ours: list[int] = []
         self.theirs: list[int] = []
+        self.report: int
+        self.stdin: int
+        self.stdout: int
+        self.stderr: int
         try:
             self.report = self._from_them()
             if stdin:

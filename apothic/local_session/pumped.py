@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator
@@ -102,8 +103,17 @@ class PumpedStream(ItemStream):
 
     @override
     def close(self) -> None:
-        if self._over.is_set():
+        # At the end of the process no other thread runs any more: waiting for one would never end.
+        if self._over.is_set() or sys.is_finalizing():
             return
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self.cancel)
-            self._over.wait()
+            if not self._is_on_loop():
+                self._over.wait()
+
+    def _is_on_loop(self) -> bool:
+        """Tell whether this is the loop's own thread, where a collection may come at any time."""
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import uuid
 import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from apothic.backend import CallRef, ItemStream, SandboxRef
 from apothic.errors import SandboxClosedError
@@ -59,7 +60,7 @@ class CoreRef(SandboxRef):
         self._streams: weakref.WeakSet[PumpedStream] = weakref.WeakSet()
         self._core: SessionCore
         self._workspace: LocalWorkspace
-        self._end: weakref.finalize[[LocalWorkspace, SessionCore, LoopThread], CoreRef]
+        self._end: weakref.finalize[[int, LocalWorkspace, SessionCore, LoopThread], CoreRef]
         self.network: Network | None = None
         self.arguments_digest: str | None = None
 
@@ -73,7 +74,7 @@ class CoreRef(SandboxRef):
         env: Mapping[bytes, bytes | None],
         concurrent_requests: int,
         secrets: Mapping[bytes, bytes] | None = None,
-    ) -> CoreRef:
+    ) -> Self:
         """Open a session on this machine.
 
         Raises:
@@ -105,7 +106,9 @@ class CoreRef(SandboxRef):
         except BaseException:
             await self._core.close()
             raise
-        self._end = weakref.finalize(self, _drop, self._workspace, self._core, self._loop)
+        self._end = weakref.finalize(
+            self, _drop, os.getpid(), self._workspace, self._core, self._loop
+        )
 
     @property
     @override
@@ -192,8 +195,10 @@ class CoreRef(SandboxRef):
         self.close()
 
 
-def _drop(workspace: LocalWorkspace, core: SessionCore, loop: LoopThread) -> None:
+def _drop(owner: int, workspace: LocalWorkspace, core: SessionCore, loop: LoopThread) -> None:
     """End what nobody refers to any more, or what the end of the process finds open."""
+    if os.getpid() != owner:
+        return  # a fork's copy
     workspace.let_go()
 
     def close() -> None:

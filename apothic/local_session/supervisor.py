@@ -20,8 +20,10 @@ The end of the report's pipe says that nothing of the exec is alive.
 from __future__ import annotations
 
 import contextlib
+import grp
 import marshal
 import os
+import pwd
 import signal
 import socket
 import struct
@@ -181,7 +183,7 @@ def _run(payload: bytes, report: int, stdio: list[int]) -> None:
         stage = CWD
         os.chdir(cwd)
         stage = PROGRAM
-        os.execvpe(argv[0], argv, env)
+        _execute(argv, env)
     except OSError as error:
         os.write(report, REPORT.pack(FAILED, stage, error.errno or 0))
     except BaseException:
@@ -190,11 +192,27 @@ def _run(payload: bytes, report: int, stdio: list[int]) -> None:
         os._exit(127)
 
 
+def _execute(argv: list[bytes], env: dict[bytes, bytes]) -> None:
+    """Execute a program, looked up in its own PATH. `os.execvpe` imports modules for that.
+
+    What was imported before is all there is here: another user may not be able to read Python's files.
+    """
+    program = argv[0]
+    if b"/" in program:
+        os.execve(program, argv, env)
+    denied: OSError | None = None
+    for directory in env.get(b"PATH", os.defpath.encode()).split(b":"):
+        try:
+            os.execve(b"/".join((directory or b".", program)), argv, env)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except PermissionError as error:
+            denied = error
+    raise denied or FileNotFoundError(2, "")
+
+
 def _become(user: bytes, env: dict[bytes, bytes]) -> None:
     """Become ``name``, ``uid``, ``name:group`` or ``uid:gid``; set HOME where there is none."""
-    import grp
-    import pwd
-
     name, _, group = user.decode().partition(":")
     try:
         entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)

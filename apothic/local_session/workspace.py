@@ -8,7 +8,6 @@ import errno
 import marshal
 import os
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -53,7 +52,7 @@ class LocalWorkspace(Workspace):
             )
         ours, theirs = socket.socketpair()
         try:
-            self.directory = tempfile.mkdtemp(prefix="apothic-local-")
+            self.directory: str = tempfile.mkdtemp(prefix="apothic-local-")
             with theirs:
                 self._supervisor = subprocess.Popen(
                     [
@@ -199,7 +198,7 @@ def _make_directory(path: bytes, parents: bool, exist_ok: bool) -> None:
     try:
         os.mkdir(path)
     except FileExistsError:
-        if not (exist_ok and stat.S_ISDIR(os.stat(path).st_mode)):
+        if not (exist_ok and os.path.isdir(path)):
             raise
 
 

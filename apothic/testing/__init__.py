@@ -1,4 +1,4 @@
-"""An engine for tests: classes run in this process, on threads, with no Ray and no Docker.
+"""An engine for tests: classes in this process, sandboxes on this machine, no Ray and no Docker.
 
 ::
 
@@ -9,15 +9,25 @@
             counter = Counter.named("a")
             assert counter.add.remote(2) == 2
 
+or, for the tests that ask for it, as a pytest fixture::
+
+    @pytest.fixture
+    def engine():
+        with fake_engine() as engine:
+            yield engine
+
 What holds on Ray holds here as far as one process can: arguments, results and exceptions are pickled
 both ways, each instance has threads of its own, and limits of time, retries, hooks, names and leases
 work alike. What one process cannot do:
 
 - Instances share this process: its memory (module globals), its working directory and ``os.environ``.
   Secrets and `Image.env` are set in ``os.environ`` while an instance that has them lives.
+- There is one job, this process, which holds every lease; what ends with another job's end cannot be
+  seen here. `FakeControlPlane.kill` stands for ``kill -9`` of an instance's process.
 - Nothing is placed: constraints, ``cpu`` and ``memory_mb`` are checked and otherwise ignored. Of an
   image only its variables take effect.
 - A volume is a temporary directory behind a link at its mount path; it ends with the engine.
+- Sandbox sessions are as `Sandbox.local` gives them, with no isolation; see `apothic.testing.sandboxes`.
 - A call that is stuck in native code keeps its thread, though its instance is replaced. For calls
   ``time.sleep`` is made interruptible while an engine is open.
 """

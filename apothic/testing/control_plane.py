@@ -7,11 +7,18 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from apothic.backend import ControlPlaneClient, InstanceRef, StartRequest
+from apothic.backend import (
+    ControlPlaneClient,
+    InstanceRef,
+    SandboxRef,
+    SandboxRequest,
+    StartRequest,
+)
 from apothic.errors import (
     AppNotFoundError,
     ConnectionFailedError,
@@ -20,9 +27,11 @@ from apothic.errors import (
 )
 from apothic.options import ClassOptions
 from apothic.packing import loads
+from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo, SandboxSpec
 from apothic.testing.instance import FakeInstance
 from apothic.testing.process import SetUpError
 from apothic.testing.running import Watch, interruptible_sleep
+from apothic.testing.sandboxes import InProcessSandboxes
 from apothic.testing.surroundings import Surroundings
 from apothic.values import (
     AppManifest,
@@ -53,7 +62,9 @@ class FakeControlPlane(ControlPlaneClient):
         self._directory: str | None = None
         self._surroundings = Surroundings()
         self._closed = False
-        self.watch = Watch()
+        self._sandboxes = InProcessSandboxes(self._cluster_id, self._prepare)
+        self.watch: Watch = Watch()
+        self._sandboxes = InProcessSandboxes(self._cluster_id, self._prepare)
         interruptible_sleep(True)
 
     @property
@@ -76,6 +87,9 @@ class FakeControlPlane(ControlPlaneClient):
         with self._lock:
             for spec in manifest.classes.values():
                 self._store(spec, lambda: blobs)
+            sandboxes = [
+                self._sandboxes.store_spec(definition) for definition in manifest.sandboxes.values()
+            ]
             self._apps[manifest.name] = manifest
             current = {spec.digest for spec in manifest.classes.values()}
             outdated = [
@@ -84,8 +98,10 @@ class FakeControlPlane(ControlPlaneClient):
                 if instance.handle.app == manifest.name
                 and instance.handle.spec_digest not in current
             ]
-        for instance in outdated if close_outdated else ():
-            instance.close()
+        if close_outdated:
+            for instance in outdated:
+                instance.close()
+            self._sandboxes.close_outdated(manifest.name, sandboxes)
 
     def find_app(self, name: str) -> AppManifest:
         """Give a deployed app."""
@@ -106,7 +122,7 @@ class FakeControlPlane(ControlPlaneClient):
         """Give a class spec."""
         return self._specs.get(digest)
 
-    def explain(self, spec: ClassSpec) -> str:
+    def explain(self, spec: ClassSpec | SandboxSpec) -> str:
         """Say that nothing is placed here."""
         return f"{spec.app}.{spec.name} runs in this process: the engine for tests places nothing."
 
@@ -164,6 +180,28 @@ class FakeControlPlane(ControlPlaneClient):
         self.attach(handle)
         self._instances[handle.app, handle.cls, handle.instance_id].kill()
 
+    # -- sandboxes -------------------------------------------------------------------------------
+
+    def start_sandbox(self, request: SandboxRequest) -> SandboxRef:
+        """Open or find a session."""
+        self._check_open()
+        self._prepare_volumes(request.spec)
+        return self._sandboxes.start_sandbox(request)
+
+    def attach_sandbox(self, handle: SandboxHandle) -> SandboxRef:
+        """Reach a live session."""
+        return self._sandboxes.attach_sandbox(handle)
+
+    def find_sandbox_spec(self, digest: str) -> SandboxSpec | None:
+        """Give a version of a definition."""
+        return self._sandboxes.find_sandbox_spec(digest)
+
+    def list_sandboxes(
+        self, app: str | None = None, sandbox: str | None = None
+    ) -> list[SandboxSessionInfo]:
+        """List live sessions."""
+        return self._sandboxes.list_sandboxes(app, sandbox)
+
     # -- secrets and volumes ---------------------------------------------------------------------
 
     def put_secret(self, name: str, variables: Mapping[str, str], *, overwrite: bool) -> bool:
@@ -210,14 +248,15 @@ class FakeControlPlane(ControlPlaneClient):
             return True
 
     def disconnect(self) -> None:
-        """Close every instance, named ones too, and remove what was stored; idempotent."""
+        """Close every instance and session, named ones too, and remove what was stored; idempotent."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             left = list(self._instances.values())
-        for instance in left:
-            instance.close()
+        with ThreadPoolExecutor(max(1, len(left))) as threads:  # each may wait for running calls
+            list(threads.map(FakeInstance.close, left))
+        self._sandboxes.close_all()
         self.watch.stop()
         interruptible_sleep(False)
         if self._directory is not None:
@@ -229,21 +268,27 @@ class FakeControlPlane(ControlPlaneClient):
         self, label: str, spec: ClassSpec, options: ClassOptions, arguments: bytes, undo: ExitStack
     ) -> Any:
         """Set secrets and volumes up, then construct the user's object."""
+        undo.enter_context(self._surroundings.variables(self._prepare(label, options, undo)))
+        cls = loads(self._blobs[spec.blob_digest])[0]
+        args, kwargs = loads(arguments)
+        return cls(*args, **kwargs)
+
+    def _prepare(self, label: str, options: ClassOptions, undo: ExitStack) -> dict[str, str]:
+        """Make volumes and give the variables of image and secrets; the latter win."""
+        variables: dict[str, str] = {}
         for step in options.image.steps if options.image is not None else ():
-            undo.enter_context(self._surroundings.variables(step.variables))
+            variables.update(step.variables)
         for name in options.secrets:
             if name not in self._secrets:
                 raise SetUpError(
                     f"{label}: secret {name!r} is not stored. Store it with "
                     f"Secret.create({name!r}, …)."
                 )
-            undo.enter_context(self._surroundings.variables(self._secrets[name]))
+            variables.update(self._secrets[name])
         for mount in options.mounts:
             directory = self._volume_directory(mount.volume)
             undo.enter_context(self._surroundings.link(Path(mount.path), directory, mount.volume))
-        cls = loads(self._blobs[spec.blob_digest])[0]
-        args, kwargs = loads(arguments)
-        return cls(*args, **kwargs)
+        return variables
 
     def forget(self, instance: FakeInstance) -> None:
         """Free the name of an instance that has ended."""
@@ -266,7 +311,7 @@ class FakeControlPlane(ControlPlaneClient):
             self._specs[digest] = spec
         return digest
 
-    def _prepare_volumes(self, spec: ClassSpec) -> None:
+    def _prepare_volumes(self, spec: ClassSpec | SandboxSpec) -> None:
         for mount in ClassOptions.model_validate(spec.options).mounts:
             self.ensure_volume(
                 StorageMount(

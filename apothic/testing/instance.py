@@ -43,8 +43,8 @@ class FakeInstance(InstanceRef):
         self._process: Process
         self._restarts = 0
         self._report: CloseReport | None = None
-        self.closing = False
-        self.ended = threading.Event()
+        self.closing: bool = False
+        self.ended: threading.Event = threading.Event()
 
     def spawn(self) -> None:
         undo = ExitStack()

@@ -79,9 +79,9 @@ class Process:
         self.object: Any = None
         self.state: InstanceState = "starting"
         self.failure: BaseException | None = None
-        self.finished = 0
+        self.finished: int = 0
         self.started_unix_s: float | None = None
-        self.ready = threading.Event()
+        self.ready: threading.Event = threading.Event()
         self._spec = spec
         self._make = make
         self._clean_up = clean_up
@@ -287,8 +287,8 @@ class Process:
             return loads(dumps(value))
         except Exception as error:
             raise SerializationError(
-                f"{call.label}: the result cannot travel to the caller: {error} Return plain data, or "
-                f"make the object picklable."
+                f"{call.label}: the result cannot travel to the caller: {str(error).rstrip('.')}. "
+                f"Return plain data, or make the object picklable."
             ) from None
 
     def _outcome(self, call: Call, error: BaseException) -> BaseException:

@@ -52,15 +52,17 @@ class Call:
 
     def __init__(self, label: str, method: MethodInfo, timeout_s: float, watch: Watch) -> None:
         """Describe a call that waits."""
-        self.label = f"{label}: {method.name}"
+        self.label: str = f"{label}: {method.name}"
         self.method = method
         self.timeout_s = timeout_s
         self.future: Future[Any] = Future()
         self.future.set_running_or_notify_cancel()
-        self.feed = Feed(lambda: self.interrupt("cancelled")) if method.is_generator else None
+        self.feed: Feed | None = (
+            Feed(lambda: self.interrupt("cancelled")) if method.is_generator else None
+        )
         self.interrupted: Reason | None = None
-        self.begun = False
-        self.wake = threading.Event()
+        self.begun: bool = False
+        self.wake: threading.Event = threading.Event()
         self.on_stuck: Callable[[Call], None] = lambda _: None
         self._watch = watch
         self._remaining_s = timeout_s

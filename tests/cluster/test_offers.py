@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_a_registered_type_is_waited_for_until_it_starts(
     client.register_node_types(read_node_types(tmp_path / "cluster.yaml"))
     try:
         assert [each.name for each in client.list_node_types()] == ["spot"]
-        assert "spot         not started" in cls.explain()
+        assert re.search(r"^  spot +not started +0 USD/h +no$", cls.explain(), re.MULTILINE)
         assert "not started" in client.offers_table()
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(cls.new)
@@ -76,3 +77,23 @@ def test_the_table_of_offers(nodes: Nodes, define: Callable[..., Any]) -> None:
         "CPU",
     ] in lines
     assert ["t4", "1", "2x", "T4", "16", "4", "1024", "0.4", "DE", "2", "GPU,", "4", "CPU"] in lines
+
+
+def test_the_command_registers_lists_and_forgets(
+    nodes: Nodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from apothic.cli import main
+
+    def run(*words: str) -> tuple[int, str, str]:
+        status = main(words)
+        return status, *capsys.readouterr()
+
+    file = tmp_path / "cluster.yaml"
+    file.write_text(FILE)
+    assert run("offers", "register", str(file))[:2] == (0, "registered: spot\n")
+    assert re.search(r"^  spot +not started ", run("offers")[1], re.MULTILINE)
+    assert run("offers", "unregister", "spot")[:2] == (0, "unregistered: spot\n")
+    status, _, error = run("offers", "unregister", "spot")
+    assert status == 1
+    assert "registered are none" in error
+    assert run("offers", "register", str(tmp_path / "none"))[0] == 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -18,9 +20,11 @@ from apothic.errors import (
     RemoteTraceback,
     WaitTimeoutError,
 )
-from apothic.values import HookResult
 from tests.conformance.subjects import (
+    ENDS,
+    FAILS_TO_STOP,
     FAILURES,
+    HOWS,
     STAND_INS,
     AsyncBox,
     Box,
@@ -35,22 +39,17 @@ from tests.conformance.subjects import (
 )
 from tests.support import eventually
 
-HOWS = [*(how for how, _, _ in FAILURES), *(how for how, _, _ in STAND_INS)]
-
 
 def arrival(how: str, in_coroutine: bool) -> tuple[str, str]:
     """Give the type's full name and a part of the text of what a caller sees."""
     if how == "stop" and in_coroutine:
         # Python itself turns it into this in coroutines and generators.
         return "builtins.RuntimeError", "raised StopIteration"
-    for name, kind, text in FAILURES:
-        if name == how:
-            return f"{kind.__module__}.{kind.__qualname__}", text
-    return next((full, text) for name, full, text in STAND_INS if name == how)
+    return next((kind, text) for name, kind, text in (*FAILURES, *STAND_INS) if name == how)
 
 
 def check_arrival(error: BaseException, how: str, in_coroutine: bool) -> None:
-    """Check type, text and remote traceback of what a caller got."""
+    """Check type, text, attributes and remote traceback of what a caller got."""
     kind, text = arrival(how, in_coroutine)
     if isinstance(error, RemoteError):
         assert (error.type_name, error.message) == (kind, text)
@@ -60,114 +59,114 @@ def check_arrival(error: BaseException, how: str, in_coroutine: bool) -> None:
         assert text in str(error)
         assert isinstance(error.__cause__, RemoteTraceback)
         trace = str(error.__cause__)
+        assert kind.rpartition(".")[2] in trace
     assert "in fail" in trace
-    if how == "cause":
+    if how == "odd":
+        assert isinstance(error, OddError)  # the caller's own class
+        assert (error.left, error.right) == (1, 2)
+        assert "raise OddError(1, right=2)" in trace  # the source line, wherever it ran
+    elif how == "local":
+        assert isinstance(error, ValueError)
+        assert error.code == 7
+    elif how == "os":
+        assert isinstance(error, FileNotFoundError)
+        assert (error.errno, error.filename) == (2, "lost.txt")
+    elif how == "cause":
         assert "3 against 4" in trace
         assert "direct cause" in trace
+    elif how == "note":
+        assert error.__notes__ == ["look here"]
+    elif how == "group":
+        first, second = error.exceptions
+        assert isinstance(first, ValueError)
+        assert isinstance(second, OddError)
+
+
+def raised_by(call: Callable[[], object]) -> BaseException:
+    """Give what a call raises."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - looked at by who asked
+        call()
+    return caught.value
 
 
 class Failures(Conformance):
     """Exceptions, failed starts, time limits and cancelling."""
 
-    # -- exceptions ----------------------------------------------------------------------------
-
-    @pytest.mark.parametrize(("how", "kind", "text"), FAILURES)
-    def test_exceptions_arrive_as_themselves(self, how: str, kind: type, text: str) -> None:
-        with Box.new() as box, AsyncBox.new() as async_box:
-            for function in (box.fail, async_box.fail, async_box.sync_fail):
-                with pytest.raises(kind) as caught:
-                    function.remote(how)
-                assert text in str(caught.value)
-                assert isinstance(caught.value.__cause__, RemoteTraceback)
-                trace = str(caught.value.__cause__)
-                assert "in fail" in trace
-                assert type(caught.value).__name__ in trace
-                job = function.spawn(how)
-                with pytest.raises(kind):
-                    job.get()
-                assert job.status == "failed"
-                if how == "odd":
-                    assert caught.value.left == 1
-                    assert caught.value.right == 2
-                    assert "raise OddError(1, right=2)" in trace  # the source line, wherever it ran
-                if how == "cause":
-                    assert "3 against 4" in trace
-                    assert "direct cause" in trace
-                if how == "note":
-                    assert caught.value.__notes__ == ["look here"]
-                if how == "os":
-                    assert caught.value.filename == "lost.txt"
-                if how == "group":
-                    first, second = caught.value.exceptions
-                    assert isinstance(first, ValueError)
-                    assert isinstance(second, OddError)
-            assert box.add.remote() == 1
+    # -- exceptions: one row of the table for each of HOWS -----------------------------------------
 
     @pytest.mark.parametrize("cls", [Raises, RaisesAsync])
-    def test_raised_by_methods_and_generators(self, cls: Cls) -> None:
-        is_async = cls.name == "RaisesAsync"
+    def test_raised_by_methods(self, cls: Cls, subtests: pytest.Subtests) -> None:
         with cls.new() as inst:
-            for how in HOWS:
-                methods = [(inst.plain, is_async)]
-                generators = [inst.generator]
-                if is_async:
-                    methods.append((inst.sync_plain, False))
-                    generators.append(inst.sync_generator)
-                for function, in_coroutine in methods:
-                    with pytest.raises(Exception) as caught:  # noqa: PT011 - looked at below
-                        function.remote(how)
-                    check_arrival(caught.value, how, in_coroutine)
-                for function, after in product(generators, (0, 2)):
+            functions = [(inst.plain, cls.name == "RaisesAsync")]
+            if cls.name == "RaisesAsync":
+                functions.append((inst.sync_plain, False))
+            for how, (function, in_coroutine) in product(HOWS, functions):
+                with subtests.test(how=how, method=function.name):
+                    check_arrival(raised_by(partial(function.remote, how)), how, in_coroutine)
+                    job = function.spawn(how)
+                    check_arrival(raised_by(job.get), how, in_coroutine)
+                    assert job.status == "failed"
+                    assert inst.fine.remote() == "fine"
+
+    @pytest.mark.parametrize("cls", [Raises, RaisesAsync])
+    def test_raised_by_generators(self, cls: Cls, subtests: pytest.Subtests) -> None:
+        with cls.new() as inst:
+            functions = [inst.generator]
+            if cls.name == "RaisesAsync":
+                functions.append(inst.sync_generator)
+            for how, function, after in product(HOWS, functions, (0, 2)):
+                with subtests.test(how=how, method=function.name, after=after):
                     stream = function.remote_gen(how, after)
                     assert [next(stream) for _ in range(after)] == list(range(after))
-                    with pytest.raises(Exception) as caught:  # noqa: PT011
-                        next(stream)
-                    check_arrival(caught.value, how, True)
-                assert inst.fine.remote() == "fine"
+                    check_arrival(raised_by(partial(next, stream)), how, True)
+                    assert list(stream) == []
+                    assert inst.fine.remote() == "fine"
 
-    @pytest.mark.parametrize("cls", [Raises, RaisesAsync])
-    @pytest.mark.parametrize("where", ["construction", "enter"])
-    def test_raised_by_the_start(self, cls: Cls, where: str) -> None:
-        def start(how: str) -> BaseException:
-            with pytest.raises(InstanceStartError) as caught:
-                cls.new(where, how)
-            return caught.value
-
-        in_coroutine = where == "enter" and cls.name == "RaisesAsync"
+    @pytest.mark.parametrize(
+        ("cls", "where", "hows"),
+        [
+            (Raises, "construction", HOWS),
+            (Raises, "enter", ENDS),
+            (RaisesAsync, "construction", ENDS),
+            (RaisesAsync, "enter", HOWS),
+        ],
+    )
+    def test_raised_by_the_start(
+        self, cls: Cls, where: str, hows: list[str], subtests: pytest.Subtests
+    ) -> None:
         with ThreadPoolExecutor(4) as threads:
-            for how, error in zip(HOWS, threads.map(start, HOWS), strict=True):
+            errors = threads.map(lambda how: raised_by(partial(cls.new, where, how)), hows)
+        in_coroutine = where == "enter" and cls.name == "RaisesAsync"
+        for how, error in zip(hows, errors, strict=True):
+            with subtests.test(how=how):
+                assert isinstance(error, InstanceStartError)
+                assert arrival(how, in_coroutine)[1] in str(error)
                 assert error.__cause__ is not None
-                assert arrival(how, in_coroutine)[1] in str(error), (how, str(error))
                 check_arrival(error.__cause__, how, in_coroutine)
 
-    @pytest.mark.parametrize("cls", [Raises, RaisesAsync])
-    def test_raised_by_exit_hooks(self, cls: Cls) -> None:
-        def close(how: str) -> HookResult:
-            (hook,) = cls.new("exit", how).close().failed_hooks
-            return hook
-
-        with ThreadPoolExecutor(4) as threads:
-            for how, hook in zip(HOWS, threads.map(close, HOWS), strict=True):
-                kind, text = arrival(how, cls.name == "RaisesAsync")
+    @pytest.mark.parametrize("cls", FAILS_TO_STOP)
+    def test_raised_by_exit_hooks(self, cls: Cls, subtests: pytest.Subtests) -> None:
+        hooks = cls.new().close().failed_hooks
+        for how, hook in zip(HOWS, reversed(hooks), strict=True):
+            with subtests.test(how=how):
+                kind, text = arrival(how, cls.name.endswith("True"))
                 assert hook.error is not None
                 assert hook.error.startswith(kind.rpartition(".")[2])
                 assert text in hook.error
                 assert "in fail" in (hook.traceback or "")
 
-    @pytest.mark.parametrize("how", ["init", "base_up", "a_second"])
-    def test_a_failed_start_leaves_nothing(self, how: str, name: str, log: Path) -> None:
-        for start in (
-            lambda: Hooked.new(str(log), how),
-            lambda: Hooked.named(name, str(log), how),
-            lambda: Hooked.remote(str(log), how),
-            lambda: Hooked.bind(str(log), how).ping.remote(),
-        ):
+    def test_a_failed_start_leaves_nothing(self, name: str, log: Path) -> None:
+        starts: list[tuple[str, Callable[[str, str], object]]] = [
+            ("init", partial(Hooked.named, name)),
+            ("base_up", Hooked.new),
+            ("a_second", Hooked.remote),
+            ("a_second", lambda log, how: Hooked.bind(log, how).ping.remote()),
+        ]
+        for how, start in starts:
             log.unlink(missing_ok=True)
-            with pytest.raises(InstanceStartError, match="1 against 2") as caught:
-                start()
-            assert isinstance(caught.value.__cause__, OddError)
-            assert caught.value.__cause__.left == 1
-            assert "raise OddError" in str(caught.value.__cause__.__cause__)
+            error = raised_by(partial(start, str(log), how))
+            assert isinstance(error, InstanceStartError)
+            assert isinstance(error.__cause__, OddError)
             assert lines(log)[-1] == how  # no exit hook ran
         assert not Hooked.close_named(name).closed
         with Hooked.named(name, str(log)) as free:

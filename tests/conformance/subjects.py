@@ -73,6 +73,20 @@ class NoTextError(Exception):
         raise RuntimeError("no text")
 
 
+class ShyError(Exception):
+    """It pickles, and cannot be unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+
+class Trap:
+    """A value that pickles, and fails where it arrives."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+
 def fail(how: str) -> None:
     """Raise one of the exceptions of `FAILURES` or `STAND_INS`."""
     if how == "plain":
@@ -104,6 +118,18 @@ def fail(how: str) -> None:
         raise locked
     if how == "no text":
         raise NoTextError
+    if how == "local":
+
+        class LocalError(ValueError):
+            """Nobody can import it."""
+
+            def __init__(self, code: int) -> None:
+                super().__init__(f"code {code}")
+                self.code = code
+
+        raise LocalError(7)
+    if how == "unpickled":
+        raise ShyError("stays")
     raise {
         "exit": SystemExit(3),
         "interrupt": KeyboardInterrupt("now"),
@@ -113,17 +139,18 @@ def fail(how: str) -> None:
     }[how]
 
 
-FAILURES: list[tuple[str, type[Exception], str]] = [
-    ("plain", KeyError, "'plain'"),
-    ("odd", OddError, "1 against 2"),
-    ("os", FileNotFoundError, "[Errno 2] No such file: 'lost.txt'"),
-    ("unicode", UnicodeDecodeError, "invalid start byte"),
-    ("cause", ValueError, "on top"),
-    ("note", ValueError, "noted"),
-    ("ours", ConflictError, "raised by user code"),
+FAILURES = [
+    ("plain", "builtins.KeyError", "'plain'"),
+    ("odd", f"{__name__}.OddError", "1 against 2"),
+    ("local", f"{__name__}.fail.<locals>.LocalError", "code 7"),
+    ("os", "builtins.FileNotFoundError", "[Errno 2] No such file: 'lost.txt'"),
+    ("unicode", "builtins.UnicodeDecodeError", "invalid start byte"),
+    ("cause", "builtins.ValueError", "on top"),
+    ("note", "builtins.ValueError", "noted"),
+    ("ours", "apothic.errors.ConflictError", "raised by user code"),
 ]
 if sys.version_info >= (3, 11):
-    FAILURES.append(("group", ExceptionGroup, "many (2 sub-exceptions)"))  # noqa: F821
+    FAILURES.append(("group", "builtins.ExceptionGroup", "many (2 sub-exceptions)"))
 """Exceptions that arrive as themselves: name, type, a part of their text."""
 
 STAND_INS = [
@@ -134,8 +161,14 @@ STAND_INS = [
     ("base", "builtins.BaseException", "bare"),
     ("lock", "builtins.ValueError", "holds a lock"),
     ("no text", f"{__name__}.NoTextError", "<its __str__ raised RuntimeError>"),
+    ("unpickled", f"{__name__}.ShyError", "stays"),
 ]
 """Exceptions that arrive as `RemoteError`: name, ``type_name``, ``message``."""
+
+HOWS = [how for how, _, _ in (*FAILURES, *STAND_INS)]
+
+ENDS = ["odd", "exit", "interrupt", "stop", "generator exit", "base"]
+"""Those that would end a thread, a coroutine or the process, and one that would not."""
 
 
 # -- classes -------------------------------------------------------------------------------------
@@ -210,6 +243,10 @@ class Box:
     @method()
     def lock(self) -> Any:
         return threading.Lock()
+
+    @method()
+    def trap(self) -> Any:
+        return Trap()
 
     @method()
     def count(self, n: int) -> Iterator[int]:
@@ -328,15 +365,16 @@ class Plain:
 
 @app.cls(**SMALL)
 class Threaded:
-    """Everything that it does is on the thread that made its connection."""
+    """Everything that it does is on the thread that made its connection, or sqlite3 refuses it."""
 
     def __init__(self, log: str) -> None:
         self.log = log
-        self.db = sqlite3.connect(":memory:")
         self.thread = threading.get_ident()
 
     @enter()
     def up(self) -> None:
+        assert threading.get_ident() == self.thread
+        self.db = sqlite3.connect(":memory:")
         self.db.execute("create table seen (value)")
 
     @method()
@@ -489,10 +527,6 @@ class Raises:
     def up(self) -> None:
         self.at("enter")
 
-    @exit()
-    def down(self) -> None:
-        self.at("exit")
-
     @method()
     def plain(self, how: str) -> None:
         fail(how)
@@ -524,10 +558,6 @@ class RaisesAsync:
     async def up(self) -> None:
         self.at("enter")
 
-    @exit()
-    async def down(self) -> None:
-        self.at("exit")
-
     @method()
     async def plain(self, how: str) -> None:
         fail(how)
@@ -550,6 +580,31 @@ class RaisesAsync:
     @method()
     async def fine(self) -> str:
         return "fine"
+
+
+def _failing_hooks(is_async: bool) -> type:
+    """Make a class with an exit hook for every exception."""
+
+    def hook(how: str) -> Any:
+        def sync_hook(self: object) -> None:
+            fail(how)
+
+        async def async_hook(self: object) -> None:
+            fail(how)
+
+        return exit()(async_hook if is_async else sync_hook)
+
+    base = RaisesAsync if is_async else Raises
+    hooks = {f"down_{number}": hook(how) for number, how in enumerate(HOWS)}
+    made: type = type("FailsToStop", (base.local_cls,), {"__module__": __name__, **hooks})
+    return made
+
+
+FAILS_TO_STOP = [
+    App("conformance").cls(**SMALL, name=f"FailsToStop{is_async}")(_failing_hooks(is_async))
+    for is_async in (False, True)
+]
+"""Classes whose exit hooks raise everything that there is, in the order of `HOWS` backwards."""
 
 
 class ReadsEnvironment:

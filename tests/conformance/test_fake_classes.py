@@ -15,11 +15,12 @@ from apothic.testing import FakeControlPlane, fake_engine
 from tests.conformance.calls import Calls
 from tests.conformance.failures import Failures
 from tests.conformance.life import Life
+from tests.conformance.refusals import Refusals
 from tests.conformance.verbs import Verbs
 from tests.support import eventually
 
 
-class TestFakeClasses(Verbs, Calls, Failures, Life):
+class TestFakeClasses(Verbs, Calls, Failures, Life, Refusals):
     @pytest.fixture
     def engine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeControlPlane]:
         temporary = tmp_path / "temporary"

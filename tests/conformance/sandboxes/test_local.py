@@ -9,14 +9,23 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from apothic import Sandbox, SandboxSession
-from apothic.errors import HandleError, SandboxLostError, SandboxPermissionError, SerializationError
+from apothic.errors import (
+    ExecStartError,
+    ExecTimeoutError,
+    HandleError,
+    SandboxLostError,
+    SandboxPermissionError,
+    SerializationError,
+)
 from tests.conformance.sandboxes.base import Marked, SandboxSuite, marked
 from tests.conformance.sandboxes.execs import ExecConformance
 from tests.conformance.sandboxes.files import FileConformance
@@ -154,10 +163,35 @@ class TestLocalOnly(Local):
             else:
                 owner.send_signal(number)
             owner.wait()
-            eventually(lambda pid=pid: process_is_gone(pid))
-            eventually(lambda directory=directory: not Path(directory).exists())
+            eventually(partial(process_is_gone, pid))
+            eventually(partial(lambda path: not path.exists(), Path(directory)))
             owner.stdin.close()
             owner.stdout.close()
+
+    def test_what_is_left_open_does_not_hold_up_the_end(self, engine: None, tmp_path: Path) -> None:
+        script = tmp_path / "owner.py"
+        script.write_text(
+            "import apothic\n"
+            "session = apothic.App('a').sandbox().local()\n"
+            "stream = session.exec_stream('echo x; sleep 1000', shell=True)\n"
+            "print(next(stream).text, session.exec('echo $PPID', shell=True).stdout, session.pwd())\n"
+        )
+        done = subprocess.run(
+            [sys.executable, str(script)], capture_output=True, text=True, timeout=30, check=True
+        )
+        assert done.stderr == ""
+        directory = Path(done.stdout.split()[-1])
+        eventually(lambda: not directory.exists())
+
+    def test_a_forks_end_is_not_the_sessions(self, session: SandboxSession) -> None:
+        child = os.fork()
+        if child == 0:
+            try:
+                session._ref._end()  # type: ignore[attr-defined]  # as a collection would
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert session.exec("echo on").stdout == "on\n"
 
     def test_a_keeper_killed_from_inside(
         self, session: SandboxSession, python: str, marked: Marked
@@ -167,13 +201,26 @@ class TestLocalOnly(Local):
             session.exec([python, "-c", code, marked.token])
         assert session.exec("echo on").stdout == "on\n"
 
+    def test_memory_is_bounded_while_output_has_no_end(
+        self, session: SandboxSession, python: str
+    ) -> None:
+        code = "import os\nwhile True: os.write(1, b'x' * 65536); os.write(2, b'y' * 65536)"
+        tracemalloc.start()
+        try:
+            with pytest.raises(ExecTimeoutError) as caught:
+                session.exec([python, "-c", code], timeout_s=2, max_output_bytes=1_000_000)
+            assert tracemalloc.get_traced_memory()[1] < 16_000_000
+        finally:
+            tracemalloc.stop()
+        assert caught.value.result is not None
+        assert len(caught.value.result.stdout_bytes) == 1_000_000
+        assert caught.value.result.truncated
+
     @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
     def test_another_user(self, session: SandboxSession) -> None:
         assert session.exec("id -un", user="nobody", cwd="/").stdout == "nobody\n"
         assert session.exec("id -u", user="1234", cwd="/").stdout == "1234\n"
         assert session.exec("id -g", user="1234:4321", cwd="/").stdout == "4321\n"
-        from apothic.errors import ExecStartError
-
         with pytest.raises(ExecStartError, match="no-such-user"):
             session.exec("id", user="no-such-user")
         with pytest.raises(SandboxPermissionError):

@@ -1,0 +1,1 @@
+"""Tests of the guide: what it shows, runs."""

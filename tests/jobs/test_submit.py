@@ -1,0 +1,62 @@
+"""`ray job submit` to a cluster whose nodes do not have the package: it comes with the job.
+
+The head runs an interpreter that has everything but this distribution, its metadata too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.head import Head, bare_python, running_head
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    directory = tmp_path_factory.mktemp("bare")
+    python = bare_python(directory)
+    code = "import ray, pydantic, apothic"
+    have = subprocess.run(
+        [python, "-c", code], cwd=directory, capture_output=True, text=True, check=False
+    )
+    assert "No module named 'apothic'" in have.stderr
+    with running_head(python) as head:
+        yield head
+
+
+def test_two_jobs_share_a_named_instance(head: Head, tmp_path: Path) -> None:
+    # The first brings the package as py_modules, the second in its working directory.
+    with_modules = json.dumps({"py_modules": [str(ROOT / "apothic"), str(ROOT / "ray_backend")]})
+    first = head.submit(
+        "python quickstart.py --keep",
+        "--working-dir", str(ROOT / "examples"), "--runtime-env-json", with_modules,
+    )  # fmt: skip
+    assert "5 searches at once were answered by 2 processes" in first
+    assert "sqlite3.OperationalError: unterminated string" in first
+    assert first.count("ran close_index") == 2
+    [home] = re.findall(r"made 'shared', which lives in process (\d+)", first)
+    assert f"by its handle: process {home} says 're'" in first
+    assert "'shared' is kept" in first
+
+    directory = tmp_path / "job"
+    for package in ("apothic", "ray_backend", "examples"):
+        shutil.copytree(
+            ROOT / package, directory / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    second = head.submit("python examples/quickstart.py --attach", "--working-dir", str(directory))
+    assert f"by its name: process {home} says 'http.cookiejar'" in second
+    assert f"shared, process {home}: index closed after 2 searches" in second
+
+    # Nothing of either job is left; and a third finds nothing to attach to.
+    with pytest.raises(AssertionError, match="no instance 'shared' lives on this cluster"):
+        head.submit("python examples/quickstart.py --attach", "--working-dir", str(directory))

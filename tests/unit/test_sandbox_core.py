@@ -1,0 +1,279 @@
+"""`SessionCore` on a workspace that lives in memory: what no real one can be brought to do at will."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from typing_extensions import override
+
+from apothic import uploads
+from apothic.backend import ExecRequest
+from apothic.errors import (
+    ExecStartError,
+    SandboxClosedError,
+    SandboxError,
+    SandboxLostError,
+    SandboxNoSpaceError,
+)
+from apothic.session_core import SessionCore
+from apothic.workspace import (
+    Command,
+    Exit,
+    FileReader,
+    FileStat,
+    FileWriter,
+    Process,
+    StartFailure,
+    StartStage,
+    Workspace,
+)
+
+
+class Writer(FileWriter):
+    def __init__(self, files: dict[bytes, bytes], path: bytes) -> None:
+        self.files, self.path, self.data, self.over = files, path, b"", False
+
+    async def write(self, data: bytes | memoryview) -> None:
+        await asyncio.sleep(0)
+        if b"full" in bytes(data):
+            raise OSError(errno.ENOSPC, "full")
+        self.data += bytes(data)
+
+    async def finish(self) -> None:
+        self.over = True
+        self.files[self.path] = self.data
+
+    async def abort(self) -> None:
+        if not self.over:
+            self.over = True
+            self.files.pop(self.path, None)
+
+
+class Ended(Process):
+    """A program that has ended already, or that failed to start."""
+
+    def __init__(self, how: Exit | StartFailure) -> None:
+        self.how = how
+        self.detached = False
+
+    @override
+    async def next_output(self) -> None:
+        if isinstance(self.how, StartFailure):
+            raise self.how
+
+    @property
+    @override
+    def exit(self) -> Exit:
+        assert isinstance(self.how, Exit)
+        return self.how
+
+    @override
+    async def kill(self, grace_s: float, *, discard_output: bool = False) -> None:
+        raise AssertionError
+
+    @override
+    def detach(self) -> None:
+        self.detached = True
+
+
+class Memory(Workspace):
+    def __init__(self, state: bytes = b"") -> None:
+        self.files: dict[bytes, bytes] = {}
+        self.made: list[bytes] = []
+        self.state = state
+        self.command: Command | None = None
+        self.next: Exit | StartFailure = Exit(0, None, 0.1)
+        self.lost = False
+
+    async def environ(self) -> Mapping[bytes, bytes]:
+        return {b"HOME": b"/root", b"PATH": b"/bin", b"TOKEN": b"image"}
+
+    async def spawn(self, command: Command) -> Process:
+        if self.lost:
+            raise SandboxLostError("gone.")
+        self.command = command
+        return Ended(self.next)
+
+    async def stat(self, path: bytes) -> FileStat:
+        return FileStat(0o40755, 0)
+
+    async def listdir(self, path: bytes) -> list[bytes]:
+        raise OSError(errno.EIO, "broken")
+
+    async def mkdir(self, path: bytes, *, parents: bool, exist_ok: bool) -> None:
+        self.made.append(path)
+
+    async def open_reader(self, path: bytes) -> FileReader:
+        raise OSError(errno.ENOENT, "")
+
+    async def open_writer(
+        self, path: bytes, *, append: bool, make_parents: bool, size: int | None
+    ) -> FileWriter:
+        self.files[path] = b""
+        return Writer(self.files, path)
+
+    async def load_state(self) -> bytes:
+        return self.state
+
+    async def save_state(self, state: bytes) -> None:
+        self.state = state
+
+    async def close(self) -> None: ...
+
+
+def request(*argv: bytes, **more: Any) -> ExecRequest:
+    return ExecRequest(argv or (b"true",), 10, 100, **more)
+
+
+async def started(workspace: Memory, **more: Any) -> SessionCore:
+    core = SessionCore(workspace, label="the session", **more)
+    await core.start(b"/work", {b"OWN": b"1", b"TOKEN": None})
+    return core
+
+
+def test_state_survives_a_new_core() -> None:
+    async def work() -> None:
+        workspace = Memory()
+        core = await started(workspace)
+        assert workspace.made == [b"/work"]
+        await core.chdir(b"b\xff/..//c")
+        await core.update_env({b"ODD": b"\xfe"})
+        again = SessionCore(workspace, label="the session")
+        await again.start(b"/ignored", {b"IGNORED": b"1"})
+        assert workspace.made == [b"/work"]
+        assert await again.pwd() == b"/work/c"
+        env = await again.get_env()
+        assert env == {b"HOME": b"/root", b"PATH": b"/bin", b"OWN": b"1", b"ODD": b"\xfe"}
+
+    asyncio.run(work())
+
+
+def test_secrets_stay_out_of_the_state() -> None:
+    async def work() -> None:
+        workspace = Memory()
+        core = SessionCore(workspace, label="x", secrets={b"TOKEN": b"hunter2"})
+        await core.start(b"/", {})
+        await core.update_env({b"A": b"1"})
+        assert (await core.get_env())[b"TOKEN"] == b"hunter2"
+        assert b"hunter2" not in workspace.state
+
+    asyncio.run(work())
+
+
+def test_home_of_another_user_is_left_to_the_workspace() -> None:
+    async def work() -> None:
+        workspace = Memory()
+        core = await started(workspace)
+        for own, user, home in (
+            ({}, b"", b"/root"),
+            ({}, b"joe", None),
+            ({b"HOME": b"/own"}, b"joe", b"/own"),
+        ):
+            await core.exec(request(user=user, env=own), None)
+            assert workspace.command is not None
+            assert workspace.command.env.get(b"HOME") == home
+
+    asyncio.run(work())
+
+
+def test_how_a_program_ended() -> None:
+    async def work() -> None:
+        workspace = Memory()
+        core = await started(workspace)
+        for how, code in ((Exit(3, None, 1), 3), (Exit(None, 15, 1), 143)):
+            workspace.next = how
+            assert (await core.exec(request(), None)).returncode == code
+        workspace.next = Exit(None, 9, 1, oom_killed=True)
+        assert (await core.exec(request(), None)).oom_killed
+        for number, stage, expected in (
+            (errno.ENOENT, StartStage.PROGRAM, 127),
+            (errno.EACCES, StartStage.PROGRAM, 126),
+            (errno.ENOEXEC, StartStage.PROGRAM, 126),
+        ):
+            workspace.next = StartFailure(stage, number)
+            outcome = await core.exec(request(b"prog"), None)
+            assert outcome.returncode == expected
+            assert b"prog" in outcome.stderr
+        for number, stage, text in (
+            (errno.EINVAL, StartStage.USER, "user"),
+            (errno.E2BIG, StartStage.PROGRAM, "stdin or a file"),
+            (errno.EAGAIN, StartStage.OTHER, "limit of processes"),
+            (errno.ENOMEM, StartStage.OTHER, "memory_mb"),
+        ):
+            workspace.next = StartFailure(stage, number)
+            with pytest.raises(ExecStartError, match=text) as caught:
+                await core.exec(request(b"prog"), None)
+            assert caught.value.errno == number
+        assert core.status().running_calls == 0
+
+    asyncio.run(work())
+
+
+def test_parts_that_overtake_one_another() -> None:
+    async def work() -> None:
+        workspace = Memory()
+        core = await started(workspace)
+        upload = await core.upload_begin(b"f", 9, False, False)
+        await asyncio.gather(
+            core.upload_part(upload, 6, b"ghi"),
+            core.upload_part(upload, 3, b"def"),
+            core.upload_part(upload, 0, b"abc"),
+        )
+        assert await core.upload_end(upload) == b"/work/f"
+        assert workspace.files == {b"/work/f": b"abcdefghi"}
+        with pytest.raises(SandboxError, match="no longer open"):
+            await core.upload_part(upload, 9, b"j")
+
+    asyncio.run(work())
+
+
+def test_a_part_that_fails_fails_those_after_it() -> None:
+    async def work() -> None:
+        workspace = Memory()
+        core = await started(workspace)
+        upload = await core.upload_begin(b"f", None, False, False)
+        outcomes = await asyncio.gather(
+            core.upload_part(upload, 4, b"late"),
+            core.upload_part(upload, 0, b"full"),
+            return_exceptions=True,
+        )
+        assert [type(outcome) for outcome in outcomes] == [SandboxNoSpaceError] * 2
+        await core.upload_abort(upload)
+        await core.upload_abort(upload)
+        assert workspace.files == {}
+
+    asyncio.run(work())
+
+
+def test_an_upload_that_nobody_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "UPLOAD_IDLE_S", 0.01)
+
+    async def work() -> None:
+        workspace = Memory()
+        core = await started(workspace)
+        await core.upload_begin(b"f", None, False, False)
+        while workspace.files:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(work())
+
+
+def test_a_lost_workspace_and_a_closed_session() -> None:
+    async def work() -> None:
+        workspace = Memory()
+        core = await started(workspace)
+        with pytest.raises(SandboxError, match="/work"):
+            await core.listdir(b".")
+        workspace.lost = True
+        with pytest.raises(SandboxLostError):
+            await core.exec(request(), None)
+        await core.close()
+        await core.close()
+        with pytest.raises(SandboxClosedError, match="the session"):
+            await core.pwd()
+
+    asyncio.run(work())
