@@ -76,7 +76,7 @@ class PipeLink:
 
 async def open_pipes(process: subprocess.Popen[bytes]) -> PipeLink:
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader()
+    reader = asyncio.StreamReader(limit=MIB)
     protocol = asyncio.StreamReaderProtocol(reader)
     await loop.connect_read_pipe(lambda: protocol, process.stdout)
     transport, writing = await loop.connect_write_pipe(
@@ -403,7 +403,7 @@ class Peer:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
-        self.frames: list[tuple[int, int, bytes]] = []
+        self.frames: list[tuple[int, int, memoryview]] = []
         self._cutter = FrameReader()
 
     async def nonce(self) -> bytes:
@@ -414,7 +414,7 @@ class Peer:
         assert not padding.strip(b"\0")
         self.frames += self._cutter.feed(frame)
         await self.hears(1)
-        return self.frames.pop()[2][2:]
+        return bytes(self.frames.pop()[2][2:])
 
     async def hears(self, count: int) -> None:
         """Wait for so many frames."""
@@ -612,7 +612,7 @@ def test_another_client_goes_on(shipped_agent: Path, tmp_path: Path):
         loop = asyncio.get_running_loop()
         to_agent = await asyncio.to_thread(open, tmp_path / "in", "wb", 0)
         from_agent = await asyncio.to_thread(open, tmp_path / "out", "rb", 0)
-        reader = asyncio.StreamReader()
+        reader = asyncio.StreamReader(limit=MIB)
         protocol = asyncio.StreamReaderProtocol(reader)
         await loop.connect_read_pipe(lambda: protocol, from_agent)
         transport, writing = await loop.connect_write_pipe(

@@ -6,7 +6,6 @@ environment unless it has dropped it, in which case it tells its process id.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from ray_backend.sandbox.protocol import Exited, Output
+from tests.sandbox_agent.control_groups import control_group, enter, members
 from tests.sandbox_agent.harness import Agent, marked, memory_kib, wait_until
 
 ESCAPE = """
@@ -108,32 +108,11 @@ def test_nothing_is_alive_afterwards(any_agent: Agent, row: str, grace_ms: int):
 PIDS_MAX = 64
 
 
-def make_group() -> Path:
-    """Make a control group that can limit processes, of either version; skips without root."""
-    for parent in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")):
-        group = parent / f"apothic-test-{os.getpid()}"
-        with contextlib.suppress(OSError):
-            group.mkdir()
-            if (group / "pids.max").exists():
-                return group
-            group.rmdir()
-    pytest.skip("no control group for processes can be made here (needs root)")
-
-
 @pytest.fixture
 def limited() -> Iterator[Path]:
     """Give a control group that holds no more than PIDS_MAX processes, whoever they are of."""
-    group = make_group()
-    try:
-        (group / "pids.max").write_text(str(PIDS_MAX))
+    with control_group("pids", max=PIDS_MAX) as group:
         yield group
-        wait_until(lambda: not members(group), "the control group is empty")
-    finally:
-        group.rmdir()
-
-
-def members(group: Path) -> list[str]:
-    return (group / "cgroup.procs").read_text().split()
 
 
 @pytest.fixture(scope="session")
@@ -164,10 +143,7 @@ def test_a_fork_loop_is_killed(
 ):
     wrap = request.getfixturevalue("namespace") if place == "init" else ()
 
-    def enter() -> None:
-        (limited / "cgroup.procs").write_text(str(os.getpid()))
-
-    agent = launch(wrap=wrap, preexec=enter)
+    agent = launch(wrap=wrap, preexec=lambda: enter(limited))
     stream = agent.start([str(fork_loop), str(limited), way])
     assert agent.line(stream) == b"ready\n"
     before = 16 if way == "runner" else PIDS_MAX - 1

@@ -79,6 +79,10 @@ def chop(data: bytes, sizes: list[int]) -> list[bytes]:
     return [*pieces, data]
 
 
+def cut(reader: FrameReader, data: bytes) -> list[tuple[int, int, bytes]]:
+    return [(kind, stream, bytes(body)) for kind, stream, body in reader.feed(data)]
+
+
 # Frames.
 
 
@@ -87,7 +91,7 @@ def test_frames_survive_any_chopping(sent: list[tuple[int, int, bytes]], sizes: 
     reader, got = FrameReader(), []
     data = b"".join(encode_frame(kind, stream, body) for kind, stream, body in sent)
     for piece in chop(data, sizes):
-        got += list(reader.feed(piece))
+        got += cut(reader, piece)
     assert got == sent
 
 
@@ -95,20 +99,20 @@ def test_a_frame_byte_by_byte_and_with_more_behind():
     reader = FrameReader()
     frame = encode_frame(7, 8, b"body")
     for at in range(len(frame) - 1):
-        assert list(reader.feed(frame[at : at + 1])) == []
-    assert list(reader.feed(frame[-1:] + frame + frame[:3])) == [(7, 8, b"body")] * 2
-    assert list(reader.feed(frame[3:])) == [(7, 8, b"body")]
+        assert cut(reader, frame[at : at + 1]) == []
+    assert cut(reader, frame[-1:] + frame + frame[:3]) == [(7, 8, b"body")] * 2
+    assert cut(reader, frame[3:]) == [(7, 8, b"body")]
 
 
 def test_frames_beyond_the_limit():
     body = bytes(FRAME_BODY_MAX)
-    assert list(FrameReader().feed(encode_frame(1, 1, body))) == [(1, 1, body)]
+    assert cut(FrameReader(), encode_frame(1, 1, body)) == [(1, 1, body)]
     with pytest.raises(ValueError, match="at most"):
         encode_frame(1, 1, body + b"x")
     with pytest.raises(ProtocolError, match="longer than allowed"):
-        list(FrameReader().feed(struct.pack("<IIB", FRAME_BODY_MAX + 1, 1, 1)))
+        cut(FrameReader(), struct.pack("<IIB", FRAME_BODY_MAX + 1, 1, 1))
     with pytest.raises(ProtocolError, match="does not end"):
-        list(FrameReader().feed(encode_frame(1, 1, b"x")[:-1] + bytes([FRAME_TRAILER ^ 1])))
+        cut(FrameReader(), encode_frame(1, 1, b"x")[:-1] + bytes([FRAME_TRAILER ^ 1]))
 
 
 # The hello.
@@ -164,7 +168,7 @@ def test_ids_ascend_and_long_requests_come_in_parts():
     first, _ = connection.stat(b"/")
     second, data = connection.set_blob(bytes(300_000))
     assert second == first + 1
-    parts = list(FrameReader().feed(data))
+    parts = cut(FrameReader(), data)
     assert [kind for kind, _, _ in parts] == [F.PART, F.PART, F.SET_BLOB]
     assert b"".join(body for _, _, body in parts) == bytes(300_000)
     assert {stream for _, stream, _ in parts} == {second}
@@ -247,7 +251,7 @@ def test_an_exec_from_start_to_end():
         Started(stream, 77),
         Output(stream, Channel.STDOUT, b"out"),
         Output(stream, Channel.STDERR, b"err"),
-        Exited(stream, None, 11, True, True, False, 1.5),
+        Exited(stream, None, 11, True, True, False, False, 1.5),
     ]
     assert connection.receive(data) == whole
     assert connection.open_streams == 0
@@ -400,7 +404,70 @@ def test_a_hostile_agent_gets_events_or_an_error(sent: list[tuple[int, int, byte
         events += connection.receive(tail)
     except ProtocolError as error:
         events += error.events
-    assert sum(len(event.data) for event in events if isinstance(event, Output)) <= 500
+    assert sum(len(event.data) for event in events if isinstance(event, Output)) <= 505
+
+
+TRANSCRIPT = b"".join(
+    (
+        encode_frame(F.OUTPUT, 1, b"\1" + bytes(50)),
+        encode_frame(F.STARTED, 2, b"\1\0\0\0"),
+        encode_frame(F.OUTPUT, 2, b"\2err"),
+        encode_frame(F.OPENED, 3, STAT),
+        encode_frame(F.OUTPUT, 4, b"\1" + b"\4\1\0a" + b"\x08\2\0\xff\n"),
+        encode_frame(F.OUTPUT, 3, b"\1content"),
+        encode_frame(F.DONE, 5, STAT + b"target"),
+        encode_frame(F.ERROR, 7, struct.pack("<IB", 17, 0)),
+        encode_frame(F.DONE, 4),
+        encode_frame(F.ERROR, 6, struct.pack("<IB", 28, 0)),
+        encode_frame(F.EXIT, 1, EXIT),
+        encode_frame(F.EXIT, 2, b"\1\x09" + EXIT[2:]),
+        encode_frame(F.DONE, 3),
+    )
+)
+"""What an agent may answer to `busy`."""
+
+
+@given(st.lists(st.integers(0, 60), max_size=40))
+def test_a_transcript_gives_the_same_events_however_it_is_chopped(sizes: list[int]):
+    whole = busy().receive(TRANSCRIPT)
+    assert len(whole) == 13
+    connection = busy()
+    got = [event for piece in chop(TRANSCRIPT, sizes) for event in connection.receive(piece)]
+    assert got == whole
+    assert connection.open_streams == 1
+
+
+def test_a_transcript_byte_by_byte():
+    connection = busy()
+    got = [
+        event
+        for at in range(len(TRANSCRIPT))
+        for event in connection.receive(TRANSCRIPT[at : at + 1])
+    ]
+    assert got == busy().receive(TRANSCRIPT)
+    assert connection.receive(b"\x05\0\0\0") == [], "a frame has begun"
+
+
+@settings(max_examples=400)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, len(TRANSCRIPT) - 1), st.integers(0, 255)), min_size=1, max_size=4
+    ),
+    st.integers(0, len(TRANSCRIPT)),
+)
+def test_a_mutated_transcript_gives_events_or_an_error(changes: list[tuple[int, int]], cut_at: int):
+    data = bytearray(TRANSCRIPT)
+    for at, value in changes:
+        data[at] = value
+    connection = busy()
+    events: list[Event] = []
+    try:
+        events += connection.receive(bytes(data[:cut_at]))
+        events += connection.receive(bytes(data[cut_at:]))
+    except ProtocolError as error:
+        events += error.events
+        assert not connection.ready
+    assert len(events) <= 13
 
 
 def test_errors_are_ours_and_travel():

@@ -294,7 +294,7 @@ def gave_up(agent: Agent) -> str:
             continue
         for kind, _, body in reader.feed(os.read(agent.from_agent, 65536)):
             if kind == FrameType.FATAL:
-                return body.decode()
+                return bytes(body).decode()
 
 
 def test_garbage(agent: Agent):

@@ -45,6 +45,7 @@ struct stream {
     bool started, start_told, ended;
     struct keeper_message end;
     uint8_t end_flags;
+    uint64_t oom_kills; /* before its start */
     /* READ, LIST */
     int fd;
     DIR *dir;
@@ -61,6 +62,8 @@ extern int signals_fd;
 extern struct agent_origin origin;
 
 /* agent.c */
+/* How many processes of this container the kernel has killed for lack of memory. */
+uint64_t oom_kills(void);
 void protocol_error(const char *why);
 bool room_for_control(void);
 bool room_for_contents(void);

@@ -102,6 +102,7 @@ enum {
     EXIT_CORE = 2,
     EXIT_LEFT_BEHIND = 4,
     EXIT_LOST = 8,
+    EXIT_OUT_OF_MEMORY = 16,
 };
 
 enum {

@@ -138,6 +138,7 @@ class ExitFlag(enum.IntFlag):
     CORE = 2
     LEFT_BEHIND = 4
     LOST = 8
+    OUT_OF_MEMORY = 16
 
 
 class Stage(enum.IntEnum):

@@ -93,7 +93,7 @@ static void keeper_kill(struct keeper *k, uint32_t grace_ms) {
 static void exec_ended(struct stream *s, const struct keeper_message *end, uint8_t flags) {
     s->ended = true;
     s->end = *end;
-    s->end_flags = flags;
+    s->end_flags = flags | (oom_kills() > s->oom_kills ? EXIT_OUT_OF_MEMORY : 0);
     for (int i = 0; i < 2; i++) {
         int waiting = 0;
         if (s->out[i].fd >= 0 && ioctl(s->out[i].fd, FIONREAD, &waiting) != 0)
@@ -299,6 +299,8 @@ void exec_start(const struct frame *frame, uint8_t *request) {
         error = EAGAIN;
     if (error == 0 && with_input)
         error = make_ring(&s->in);
+    if (error == 0)
+        s->oom_kills = oom_kills();
     if (error == 0 && (k->pid = keeper_start(&r, request, &p.theirs, &origin)) < 0)
         error = errno;
     close_fd(&p.theirs.socket);

@@ -232,7 +232,7 @@ class AgentReader:
     def __init__(self, incoming: Incoming) -> None:
         self._incoming = incoming
         self._stat: FileStat | None = None
-        self._rest = b""
+        self._rest = memoryview(b"")
 
     async def stat(self) -> FileStat:
         """Wait until it is open; give what it was then.
@@ -255,13 +255,17 @@ class AgentReader:
             ChannelClosedError: the channel ended.
         """
         await self.stat()
-        pieces, size = [self._rest], len(self._rest)
-        while size < limit and isinstance(event := await self._incoming.take(), Output):
-            pieces.append(event.data)
-            size += len(event.data)
-        data = b"".join(pieces)
-        self._rest = data[limit:]
-        return data[:limit]
+        pieces: list[memoryview] = []
+        while limit > 0:
+            if not self._rest:
+                event = await self._incoming.take()
+                if not isinstance(event, Output):
+                    break
+                self._rest = memoryview(event.data)
+            pieces.append(self._rest[:limit])
+            limit -= len(pieces[-1])
+            self._rest = self._rest[len(pieces[-1]) :]
+        return b"".join(pieces)
 
     def close(self) -> None:
         """Let go of it; idempotent. One that is not closed is kept open until its end is read."""

@@ -414,9 +414,9 @@ class AgentConnection:
         del held[: max(0, len(held) - len(_WELCOME_START) + 1)]
         return b""
 
-    def _event(self, kind: int, stream: int, body: bytes) -> Event:
+    def _event(self, kind: int, stream: int, body: memoryview) -> Event:
         if kind == FrameType.FATAL and stream == 0:
-            text = body[:200].decode("utf-8", "replace")
+            text = bytes(body[:200]).decode("utf-8", "replace")
             raise ProtocolError(f"the agent gave up on this connection: {text}")
         if kind == FrameType.KILLED:
             return self._killed(stream, body)
@@ -433,7 +433,7 @@ class AgentConnection:
             del self._table.streams[stream]
         return event
 
-    def _killed(self, stream: int, body: bytes) -> Event:
+    def _killed(self, stream: int, body: memoryview) -> Event:
         waiting = self._table.kills.get(stream, 0)
         if stream in self._table.streams or len(body) != replies.U32.size:
             raise ProtocolError(f"an answer to a kill of stream {stream} that has no place here")

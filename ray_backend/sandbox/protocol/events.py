@@ -88,6 +88,8 @@ class Exited:
         core_dumped: it left a core dump.
         left_behind: processes that it started go on.
         lost: its keeper was killed from inside: how it ended is a guess, and all of it is dead.
+        out_of_memory: while it ran, the kernel killed processes of the container because its memory
+            was used up; not known, and False, where the container cannot see its control group.
         duration_s: from its start to its end.
     """
 
@@ -97,6 +99,7 @@ class Exited:
     core_dumped: bool
     left_behind: bool
     lost: bool
+    out_of_memory: bool
     duration_s: float
 
 

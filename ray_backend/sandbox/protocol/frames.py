@@ -37,8 +37,10 @@ class FrameReader:
         """Start at the beginning of a frame."""
         self._rest = bytearray()
 
-    def feed(self, data: bytes | bytearray | memoryview) -> Iterable[tuple[int, int, bytes]]:
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterable[tuple[int, int, memoryview]]:
         """Give (type, stream id, body) of each frame that is complete now.
+
+        The bodies are views, of ``data`` where a frame lies in it whole.
 
         Raises:
             ProtocolError: this is no frame. The frames before it have been given.
@@ -54,17 +56,16 @@ class FrameReader:
                 length, stream, kind = HEADER.unpack_from(view, at)
                 if length > FRAME_BODY_MAX:
                     raise ProtocolError(f"a frame of {length} bytes is longer than allowed")
-                stop = at + FRAME_HEADER_BYTES + length
+                start = at + FRAME_HEADER_BYTES
+                stop = start + length
                 if stop >= end:
                     break
                 if view[stop] != FRAME_TRAILER:
                     raise ProtocolError("a frame does not end as frames do")
-                body = bytes(view[at + FRAME_HEADER_BYTES : stop])
                 at = stop + FRAME_TRAILER_BYTES
-                yield kind, stream, body
+                yield kind, stream, view[start:stop]
         finally:
             self._rest += view[at:]
-            view.release()
 
 
 def encode_request(kind: FrameType, stream: int, body: bytes) -> bytes:

@@ -43,7 +43,7 @@ SIGNAL_MAX = 64
 _EXIT_BITS = sum(ExitFlag.__members__.values())
 
 
-def event_of(kind: FrameType, stream: int, entry: Stream, body: bytes) -> Event:
+def event_of(kind: FrameType, stream: int, entry: Stream, body: memoryview) -> Event:
     """Give the event of a frame that this kind of stream may get, and note what it changes."""
     if kind is FrameType.OUTPUT:
         return _output(stream, entry, body)
@@ -73,7 +73,7 @@ def event_of(kind: FrameType, stream: int, entry: Stream, body: bytes) -> Event:
     return _done(stream, entry, body)
 
 
-def _output(stream: int, entry: Stream, body: bytes) -> Event:
+def _output(stream: int, entry: Stream, body: memoryview) -> Event:
     channel = Channel(body[0]) if body else None
     if channel is None or channel not in entry.credit or len(body) == 1:
         raise ValueError("output on no channel, or none at all")
@@ -90,7 +90,7 @@ def _output(stream: int, entry: Stream, body: bytes) -> Event:
     entry.heard = True
     if entry.kind is StreamKind.LIST:
         return Listed(stream, _entries(body), size)
-    return Output(stream, channel, body[1:])
+    return Output(stream, channel, bytes(body[1:]))
 
 
 def _begin(entry: Stream) -> None:
@@ -99,19 +99,19 @@ def _begin(entry: Stream) -> None:
     entry.begun = True
 
 
-def _failed(stream: int, entry: Stream, body: bytes) -> Failed:
+def _failed(stream: int, entry: Stream, body: memoryview) -> Failed:
     number, stage = _ERROR.unpack(body)
     if not 0 < number <= _ERRNO_MAX or (entry.heard and entry.kind is StreamKind.EXEC):
         raise ValueError(f"error {number} has no place here")
     return Failed(stream, number, Stage(stage))
 
 
-def _done(stream: int, entry: Stream, body: bytes) -> Done:
+def _done(stream: int, entry: Stream, body: memoryview) -> Done:
     if entry.kind is StreamKind.STAT:
         if len(body) > STAT_BYTES + PATH_MAX_BYTES:
             raise ValueError("a link that is too long")
         stat = FileStat(*STAT.unpack(body[:STAT_BYTES]))
-        return Done(stream, stat, body[STAT_BYTES:] or None)
+        return Done(stream, stat, bytes(body[STAT_BYTES:]) or None)
     if entry.kind is StreamKind.WRITE:
         if entry.input_open:
             raise ValueError("an end before its end was said")
@@ -123,7 +123,7 @@ def _done(stream: int, entry: Stream, body: bytes) -> Done:
     return Done(stream)
 
 
-def _exited(stream: int, body: bytes) -> Exited:
+def _exited(stream: int, body: memoryview) -> Exited:
     bits, value, duration_ns = _EXIT.unpack(body)
     if bits & ~_EXIT_BITS:
         raise ValueError(f"flags {bits:#x}")
@@ -138,17 +138,18 @@ def _exited(stream: int, body: bytes) -> Exited:
         core_dumped=ExitFlag.CORE in flags,
         left_behind=ExitFlag.LEFT_BEHIND in flags,
         lost=ExitFlag.LOST in flags,
+        out_of_memory=ExitFlag.OUT_OF_MEMORY in flags,
         duration_s=duration_ns / 1e9,
     )
 
 
-def _entries(body: bytes) -> tuple[Entry, ...]:
+def _entries(body: memoryview) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     at = 1
     while at < len(body):
         kind, length = _ENTRY.unpack_from(body, at)
         at += _ENTRY.size
-        name = body[at : at + length]
+        name = bytes(body[at : at + length])
         at += length
         # A name that leads elsewhere would be used as a path by somebody, some day.
         if len(name) != length or not name or b"/" in name or b"\0" in name:
