@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import ctypes
 import os
 import sqlite3
 import sys
@@ -444,6 +445,12 @@ class Flaky:
     def __init__(self, log: str) -> None:
         self.log = log
 
+    @method()
+    def hold(self, path: str) -> int:
+        number = self.attempt()
+        wait_for(path)
+        return number
+
     def attempt(self) -> int:
         note(self.log, "try")
         with open(self.log) as file:
@@ -484,6 +491,10 @@ class Hasty(Box):
     def spin(self) -> None:
         while True:
             pass
+
+    @method()
+    def stuck(self, seconds: int) -> None:
+        ctypes.CDLL(None).sleep(seconds)  # no Python code in which it could be interrupted
 
 
 @app.cls(**SMALL, timeout_s=1)
