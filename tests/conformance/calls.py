@@ -24,13 +24,13 @@ from apothic.errors import (
     SerializationError,
     UsageError,
 )
+from tests.conformance.exceptions import OddError
 from tests.conformance.subjects import (
     AsyncBox,
     Box,
     Conformance,
     Flaky,
     Narrow,
-    OddError,
     Pair,
     Threaded,
     lines,
