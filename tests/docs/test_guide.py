@@ -42,7 +42,9 @@ def test_python_blocks(page: Path, ray_cluster: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     promised = re.findall(r"^ *print\(.*\)  # (.*)$", source, re.MULTILINE)
-    assert done.stdout.splitlines() == promised
+    # Ray adds lines of its own, in colour, where a worker is killed.
+    printed = [line for line in done.stdout.splitlines() if not line.startswith("\x1b")]
+    assert printed == promised
 
 
 @pytest.mark.parametrize("page", [*GUIDE, ROOT / "README.md"], ids=lambda page: page.stem)
