@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,14 +22,16 @@ NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 @pytest.fixture(scope="session")
 def checked_agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give the agent with sanitizers; where there is no compiler, the tests cannot run."""
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler (cc) on PATH")
+    if sys.platform != "linux" or shutil.which("cc") is None:
+        pytest.skip("the agent runs on Linux, and with sanitizers needs a C compiler (cc) on PATH")
     return build.build_checked(tmp_path_factory.mktemp("agent") / "agent-checked")
 
 
 @pytest.fixture(scope="session")
 def shipped_agent() -> Path:
     """Give the agent as it is shipped, for this machine; built anew if its sources have changed."""
+    if sys.platform != "linux":
+        pytest.skip("the agent runs on Linux")
     build.build()
     return agent_binary(platform.machine())
 

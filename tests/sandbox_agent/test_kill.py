@@ -6,6 +6,7 @@ environment unless it has dropped it, in which case it tells its process id.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from ray_backend.sandbox.protocol import Exited, Output
+from ray_backend.sandbox.agent.constants import Stage
+from ray_backend.sandbox.protocol import Exited, Failed, Output
 from tests.sandbox_agent.control_groups import control_group, enter, members
 from tests.sandbox_agent.harness import Agent, marked, memory_kib, wait_until
 
@@ -148,6 +150,9 @@ def test_a_fork_loop_is_killed(
     assert agent.line(stream) == b"ready\n"
     before = 16 if way == "runner" else PIDS_MAX - 1
     wait_until(lambda: len(members(limited)) >= before, "it loops")
+    other = agent.run(["true"]).end  # there may be room for one more, or not
+    if isinstance(other, Failed):
+        assert (other.errno, other.stage) == (errno.EAGAIN, Stage.START)
     agent.push(agent.connection.kill(stream, grace_ms=grace_ms))
     agent.finish(stream)
     agent.kill(stream)

@@ -1,6 +1,6 @@
 /* What the parts of the agent share: the tables, the output buffer, and who serves what.
-   agent.c has the loop, the gate and the clients, exec.c the execs and their keepers, transfer.c
-   the files. */
+   agent.c has the loop, the gate and the clients, streams.c the table, exec.c the execs and their
+   keepers, transfer.c the files. */
 #ifndef APOTHIC_AGENT_H
 #define APOTHIC_AGENT_H
 
@@ -65,6 +65,11 @@ extern struct agent_origin origin;
 /* How many processes of this container the kernel has killed for lack of memory. */
 uint64_t oom_kills(void);
 void protocol_error(const char *why);
+size_t poll_add(int fd, short events); /* gives the slot */
+bool poll_ready(size_t slot);
+void wake_at(uint64_t at_ns);
+
+/* streams.c */
 bool room_for_control(void);
 bool room_for_contents(void);
 void send_empty(uint8_t type, uint32_t stream);
@@ -78,9 +83,6 @@ struct stream *stream_find(uint32_t id);
 struct stream *stream_new(enum stream_kind kind, uint32_t id);
 /* Release everything that a stream holds, whatever state it is in. */
 void stream_free(struct stream *s);
-size_t poll_add(int fd, short events); /* gives the slot */
-bool poll_ready(size_t slot);
-void wake_at(uint64_t at_ns);
 
 /* exec.c */
 void exec_start(const struct frame *frame, uint8_t *request);

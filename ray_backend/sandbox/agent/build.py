@@ -17,7 +17,17 @@ from pathlib import Path
 
 TARGETS = ("x86_64", "aarch64")
 """What `platform.machine` says on Linux."""
-SOURCES = ("agent.c", "exec.c", "transfer.c", "files.c", "keeper.c", "tree.c", "wire.c")
+SOURCES = (
+    "agent.c",
+    "streams.c",
+    "exec.c",
+    "transfer.c",
+    "files.c",
+    "keeper.c",
+    "identity.c",
+    "tree.c",
+    "wire.c",
+)
 _HERE = Path(__file__).parent
 BIN = _HERE / "bin"
 """Where the wheel has the binaries, and a checkout once it has built them."""
