@@ -119,6 +119,15 @@ class Box:
         return args, kwargs
 
     @method()
+    def state(self) -> Any:
+        return self.value
+
+    @method()
+    def states(self) -> Iterator[Any]:
+        yield self.value
+        yield self.value
+
+    @method()
     def append(self, items: list[int]) -> list[int]:
         items.append(len(items))
         return items
@@ -274,6 +283,15 @@ class Threaded:
     def down(self) -> None:
         note(self.log, str(self.db.execute("select count(*) from seen").fetchone()[0]))
         self.db.close()
+
+
+@app.cls(**SMALL)
+class ThreadedAsync(Threaded):
+    """Does so beside an event loop."""
+
+    @method()
+    async def beside(self) -> bool:
+        return threading.get_ident() != self.thread
 
 
 class HookedBase:
