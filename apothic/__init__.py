@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from apothic._version import __version__
 
 if TYPE_CHECKING:
-    from apothic.app import App, RemoteApp
+    from apothic.app import App
     from apothic.backend import ControlPlaneClient
     from apothic.bound import BoundCls
     from apothic.cls import Cls
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from apothic.image import Image
     from apothic.instance import ClassInstance, LocalClassInstance
     from apothic.offers import OfferFiltersModel
+    from apothic.remote_app import RemoteApp
     from apothic.retries import Retries
     from apothic.sandbox import Sandbox
     from apothic.sandbox_values import (
@@ -98,7 +99,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "apothic.app": ("App", "RemoteApp"),
+    "apothic.app": ("App",),
+    "apothic.remote_app": ("RemoteApp",),
     "apothic.backend": ("ControlPlaneClient",),
     "apothic.bound": ("BoundCls",),
     "apothic.cls": ("Cls",),

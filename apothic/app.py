@@ -1,10 +1,10 @@
-"""`App` and `RemoteApp`: what an application defines, and what a deployed one offers."""
+"""`App`: what an application defines."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from apothic.backend import ControlPlaneClient, connect
@@ -12,16 +12,15 @@ from apothic.cls import Cls
 from apothic.decorators import check_metadata, check_tags
 from apothic.definition import describe_class
 from apothic.errors import (
-    ClassNotFoundError,
     ConflictError,
     DefinitionError,
     InvalidOptionError,
     NotFoundError,
-    SandboxNotFoundError,
 )
 from apothic.image import Image
 from apothic.names import check_name
 from apothic.options import ClassOptions, check_network
+from apothic.remote_app import RemoteApp, class_of, member_of, methods_of, sandbox_of
 from apothic.retries import Retries
 from apothic.sandbox import Sandbox
 from apothic.secret import Secret
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from apothic.function import Function, RemoteFunction
     from apothic.offers import OfferFiltersModel
 
-__all__ = ["App", "AppAio", "RemoteApp"]
+__all__ = ["App", "AppAio"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -90,7 +89,7 @@ class App:
     @property
     def functions(self) -> dict[str, Function[Any] | RemoteFunction[Any]]:
         """The methods of the app's classes, as ``Class.method``; an app has no other functions."""
-        return _methods_of(self._classes)
+        return methods_of(self._classes)
 
     @property
     def classes(self) -> dict[str, Cls]:
@@ -473,7 +472,7 @@ class App:
         Raises:
             ClassNotFoundError: when there is none of this name.
         """
-        return _get_class(self._name, self._classes, name)
+        return class_of(self._name, self._classes, name)
 
     def get_sandbox(self, name: str) -> Sandbox:
         """Give a sandbox definition of this app.
@@ -481,7 +480,7 @@ class App:
         Raises:
             SandboxNotFoundError: when there is none of this name.
         """
-        return _get_sandbox(self._name, self._sandboxes, name)
+        return sandbox_of(self._name, self._sandboxes, name)
 
     def get_local_entrypoint(self, name: str | None = None) -> Callable[..., Any]:
         """Give an entry point; without a name the only one.
@@ -508,7 +507,7 @@ class App:
         if name.startswith("_") or hasattr(type(self), name):
             # A property that raised AttributeError inside: its own message counts.
             return object.__getattribute__(self, name)
-        return _member(self._name, self._classes, self._sandboxes, name)
+        return member_of(self._name, self._classes, self._sandboxes, name)
 
     def __dir__(self) -> list[str]:
         """List verbs, classes and sandboxes."""
@@ -620,139 +619,6 @@ class AppAio(Twin[App]):
         """Run an entry point; an awaitable result is awaited on this loop."""
         value = self._target.get_local_entrypoint(entrypoint_name)(*(args or ()), **(kwargs or {}))
         return await value if inspect.isawaitable(value) else value
-
-
-class RemoteApp:
-    """A deployed app, found by name: its classes as they were when it was looked up."""
-
-    def __init__(self, name: str, client: ControlPlaneClient) -> None:
-        """Read the app's manifest.
-
-        Raises:
-            AppNotFoundError: when no such app is deployed.
-        """
-        self._name = check_name("app", name)
-        self._client = client
-        manifest = client.find_app(name)
-        self._manifest = manifest
-        self._classes = {
-            cls_name: Cls(spec, client=lambda: client, deployment_id=lambda: manifest.deployment_id)
-            for cls_name, spec in manifest.classes.items()
-        }
-        self._sandboxes = {
-            sandbox_name: Sandbox(
-                spec, client=lambda: client, deployment_id=lambda: manifest.deployment_id
-            )
-            for sandbox_name, spec in manifest.sandboxes.items()
-        }
-
-    @property
-    def name(self) -> str:
-        """The app's name."""
-        return self._name
-
-    @property
-    def client(self) -> ControlPlaneClient:
-        """The connection."""
-        return self._client
-
-    @property
-    def deployment_id(self) -> str:
-        """The deployment that was found."""
-        return self._manifest.deployment_id
-
-    @property
-    def functions(self) -> dict[str, Function[Any] | RemoteFunction[Any]]:
-        """The methods of its classes, as ``Class.method``."""
-        return _methods_of(self._classes)
-
-    @property
-    def classes(self) -> dict[str, Cls]:
-        """The classes by name."""
-        return dict(self._classes)
-
-    @property
-    def sandboxes(self) -> dict[str, Sandbox]:
-        """The sandbox definitions by name."""
-        return dict(self._sandboxes)
-
-    @property
-    def sandbox_names(self) -> tuple[str, ...]:
-        """The names of the sandbox definitions."""
-        return tuple(self._sandboxes)
-
-    def manifest(self) -> AppManifest:
-        """Give the manifest that was found."""
-        return self._manifest
-
-    def get_class(self, name: str) -> Cls:
-        """Give a class.
-
-        Raises:
-            ClassNotFoundError: when there is none of this name.
-        """
-        return _get_class(self._name, self._classes, name)
-
-    def get_sandbox(self, name: str) -> Sandbox:
-        """Give a sandbox definition.
-
-        Raises:
-            SandboxNotFoundError: when there is none of this name.
-        """
-        return _get_sandbox(self._name, self._sandboxes, name)
-
-    def __getattr__(self, name: str) -> Any:
-        """Give a class or sandbox as an attribute."""
-        if name.startswith("_") or hasattr(type(self), name):
-            # A property that raised AttributeError inside: its own message counts.
-            return object.__getattribute__(self, name)
-        return _member(self._name, self._classes, self._sandboxes, name)
-
-    def __iter__(self) -> Iterator[Cls]:
-        """Iterate over the classes."""
-        return iter(self._classes.values())
-
-    def __repr__(self) -> str:
-        """Name the app and its deployment."""
-        return f"<apothic.RemoteApp {self._name!r} ({self.deployment_id})>"
-
-
-def _get_class(app: str, classes: Mapping[str, Cls], name: str) -> Cls:
-    if name not in classes:
-        raise ClassNotFoundError(
-            f"app {app!r} has no class {name!r}: it has {', '.join(classes) or 'none'}. "
-            f"Check the spelling."
-        )
-    return classes[name]
-
-
-def _get_sandbox(app: str, sandboxes: Mapping[str, Sandbox], name: str) -> Sandbox:
-    if name not in sandboxes:
-        raise SandboxNotFoundError(
-            f"app {app!r} has no sandbox {name!r}: it has {', '.join(sandboxes) or 'none'}. "
-            f"Check the spelling."
-        )
-    return sandboxes[name]
-
-
-def _member(
-    app: str, classes: Mapping[str, Cls], sandboxes: Mapping[str, Sandbox], name: str
-) -> Cls | Sandbox:
-    found = classes.get(name) or sandboxes.get(name)
-    if found is None:
-        raise AttributeError(
-            f"app {app!r} has no class or sandbox {name!r}: it has "
-            f"{', '.join([*classes, *sandboxes]) or 'none'}."
-        )
-    return found
-
-
-def _methods_of(classes: Mapping[str, Cls]) -> dict[str, Function[Any] | RemoteFunction[Any]]:
-    return {
-        f"{cls.name}.{name}": function
-        for cls in classes.values()
-        for name, function in cls.methods.items()
-    }
 
 
 async def _await(value: Any) -> Any:

@@ -117,7 +117,11 @@ def _parser() -> argparse.ArgumentParser:
     delete = add("delete", _secrets_delete, "remove a secret", secrets)
     delete.add_argument("name", metavar="NAME")
 
-    add("volumes", _volumes, "list the volumes")
+    volumes = add("volumes", _volumes, "list the volumes")
+    of_volumes = volumes.add_subparsers(dest="volumes_verb", metavar="COMMAND")
+    add("list", _volumes, "list the volumes", of_volumes)
+    doomed = add("delete", _volumes_delete, "remove a volume and its files", of_volumes)
+    doomed.add_argument("name", metavar="NAME")
 
     offers = add("offers", _offers, "list the kinds of nodes, or which of them could run a class")
     offers.add_argument("--for", dest="cls", metavar="APP:CLASS", help="the class")
@@ -292,6 +296,13 @@ def _volumes(session: _Session, arguments: argparse.Namespace) -> None:
     session.show(
         value, lambda: _table(("VOLUME", "BACKEND", "SIZE GB"), rows, "no volume is recorded")
     )
+
+
+def _volumes_delete(session: _Session, arguments: argparse.Namespace) -> None:
+    from apothic.volume import Volume
+
+    Volume.from_name(arguments.name).delete(client=session.client)
+    session.show({"volume": arguments.name}, lambda: f"deleted volume {arguments.name}")
 
 
 # -- placement -----------------------------------------------------------------------------------

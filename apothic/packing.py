@@ -235,9 +235,10 @@ class _ByValue:
         if isinstance(reduced, tuple) and reduced[-1] is internals._class_setstate:
             # This process has the class whole: it comes back to what it was, see _fill_class.
             _whole_classes.add(obj)
-            reduced[2][0].pop(
-                "__slotnames__", None
-            )  # noted by copyreg once an instance was pickled
+            members = reduced[2][0]
+            members.pop("__slotnames__", None)  # noted by copyreg once an instance was pickled
+            if obj.__qualname__ != obj.__name__:  # it would be lost, and errors are known by it
+                members["__qualname__"] = obj.__qualname__
             return (*reduced[:-1], _fill_class)
         return reduced
 

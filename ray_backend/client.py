@@ -296,20 +296,27 @@ class RayClient(ControlPlaneClient):
         return RayInstance(self, handle, actor, ready=False)
 
     def find_successor(self, handle: ClassInstanceHandle, actor_id: str) -> Any:
-        """Find the actor that took the place of a dead one of this name; None if none does.
+        """Find the actor that took an instance over on another node; None where none did.
 
-        One that the manager can make again on another node is waited for, for a few seconds.
+        One that was closed, and made again by somebody, is another instance.
         """
         name = self._name(handle)
+        if not self.registry.was_moved(actor_id) and not self._lost_its_nodes(handle, actor_id):
+            return None
         deadline = time.monotonic() + REVIVAL_WAIT_S
-        while True:
+        while time.monotonic() < deadline:
             with contextlib.suppress(ValueError):
                 actor = ray.get_actor(name, namespace=NAMESPACE)
                 if actor._actor_id.hex() != actor_id:
                     return actor
-            if time.monotonic() > deadline or not self.registry.has_revival(name):
-                return None
             time.sleep(0.02)
+        return None
+
+    def _lost_its_nodes(self, handle: ClassInstanceHandle, actor_id: str) -> bool:
+        if not handle.named or self.is_proxy:
+            return False
+        seat = ray_api.actor_seat(actor_id)
+        return seat is not None and seat.unschedulable
 
     def wait_ready(self, instance: RayInstance) -> None:
         """Wait for ``enter``; what cannot become ready is removed before the error is raised."""

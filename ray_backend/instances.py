@@ -194,8 +194,6 @@ class RayInstance(InstanceRef):
 
     def follow_successor(self) -> bool:
         """Go on with the actor that took a dead one's place on another node; False if none does."""
-        if not self._handle.named:
-            return False
         found = self._client.find_successor(self._handle, self._actor._actor_id.hex())
         if found is None:
             return False

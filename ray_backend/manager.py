@@ -102,6 +102,7 @@ class Manager:
         if seat is None or not seat.waits or actor_of(name) != actor_id:
             self._book.resume(name)
             return False
+        self._registry.mark_moved(actor_id)
         remove_actor(name)
         return True
 
@@ -198,7 +199,7 @@ class Manager:
         A spec that was stored a moment ago for an instance about to be leased must not go: only what
         two sweeps in a row found unused does.
         """
-        self._registry.sweep_timeouts()
+        self._registry.sweep_words()
         unused = self._registry.unused_specs(self._book.records().values())
         for digest in unused & self._unused_specs:
             self._registry.delete_spec(digest)

@@ -91,6 +91,8 @@ def wait_ready(client: RayClient, instance: RayInstance) -> None:
                 raise translate(error, instance.label) from None
             instance.take_over(client.start(request))
         except (InstanceClosedError, InstanceLostError) as error:
+            if request is None and instance.follow_successor():
+                continue  # its maker moved it
             if request is None or not request.reuse or time.monotonic() > deadline:
                 raise
             if isinstance(error, InstanceClosedError) and instance.placement is not None:
@@ -216,10 +218,10 @@ class _Watch:
     def _give_up(self) -> None:
         found, _ = self._place()
         seats = [] if self._client.is_proxy else ray_api.actor_seats()
-        error = found.plan.timed_out(self._limit_s, holders(found.plan, seats))
-        raise PlacementTimeoutError(
-            f"{self._instance.label}: {error} The wait is {PLACEMENT_TIMEOUT_VARIABLE}."
+        error = found.plan.timed_out(
+            self._limit_s, holders(found.plan, seats), f"raise {PLACEMENT_TIMEOUT_VARIABLE}"
         )
+        raise PlacementTimeoutError(f"{self._instance.label}: {error}")
 
 
 def _placement_timeout_s() -> float:

@@ -17,7 +17,7 @@ from ray.experimental import internal_kv as kv
 __all__ = ["Registry", "StartRecord"]
 
 _NAMESPACE = b"apothic-v1"
-_TIMEOUT_WORD_S = 3600.0
+_WORD_S = 3600.0
 
 
 class StartRecord(NamedTuple):
@@ -262,10 +262,6 @@ class Registry:
         """Give what it takes to make a named instance again."""
         return self._get(f"revival/{actor_name}")
 
-    def has_revival(self, actor_name: str) -> bool:
-        """Tell whether a named instance can be made again."""
-        return bool(kv._internal_kv_exists(f"revival/{actor_name}".encode(), namespace=_NAMESPACE))
-
     def list_revivals(self) -> list[str]:
         """Name the instances that can be made again."""
         return self._list("revival/")
@@ -285,12 +281,22 @@ class Registry:
         self._delete(f"timeout/{task_id}")
         return str(found["text"])
 
-    def sweep_timeouts(self) -> None:
+    def mark_moved(self, actor_id: str) -> None:
+        """Note that an actor was removed so that another takes its instance over."""
+        record = {"unix_s": time.time()}
+        self._put(f"moved/{actor_id}", json.dumps(record).encode(), overwrite=True)
+
+    def was_moved(self, actor_id: str) -> bool:
+        """Tell whether another actor took over, or is about to."""
+        return bool(kv._internal_kv_exists(f"moved/{actor_id}".encode(), namespace=_NAMESPACE))
+
+    def sweep_words(self) -> None:
         """Remove words that no caller came for within an hour."""
-        for task_id in self._list("timeout/"):
-            found = self._get_json(f"timeout/{task_id}")
-            if found is not None and time.time() - found["unix_s"] > _TIMEOUT_WORD_S:
-                self._delete(f"timeout/{task_id}")
+        for kind in ("timeout/", "moved/"):
+            for key in self._list(kind):
+                found = self._get_json(kind + key)
+                if found is not None and time.time() - found["unix_s"] > _WORD_S:
+                    self._delete(kind + key)
 
     def mark_replaced(self, actor_name: str) -> None:
         """Note that the next restart of an actor is wanted."""

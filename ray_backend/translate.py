@@ -117,6 +117,12 @@ def translate(
         )
     if isinstance(error, rays.RayTaskError):
         return _translate_task_error(error, label)
+    reason = _why_unreadable(error)
+    if reason is not None:
+        return SerializationError(
+            f"{label}: the result cannot travel to the caller: it cannot be unpickled there: {reason}. "
+            f"Return plain data, or make the object picklable."
+        )
     return BackendError(f"{label}: Ray failed: {type(error).__name__}: {_first_line(error)}")
 
 
@@ -147,6 +153,11 @@ def _translate_loss(
 
 def _translate_task_error(error: rays.RayTaskError, label: str) -> ApothicError:
     cause: Any = getattr(error, "cause", None)
+    reason = _why_unreadable(cause)
+    if reason is not None:
+        return SerializationError(
+            f"{label}: an argument cannot be unpickled where it is used: {reason}. Pass plain data."
+        )
     text = _tail(error)
     if "serializ" in text.lower() or "pickle" in text.lower():
         return SerializationError(
@@ -154,6 +165,16 @@ def _translate_task_error(error: rays.RayTaskError, label: str) -> ApothicError:
             f"make the object picklable."
         )
     return BackendError(f"{label}: Ray failed to run the call: {type(cause).__name__}: {text}")
+
+
+def _why_unreadable(error: object) -> str | None:
+    """Tell why Ray could not unpickle something, where that is what it says."""
+    if not isinstance(error, rays.RaySystemError):
+        return None
+    if "deserialize" not in (getattr(error, "traceback_str", None) or ""):
+        return None
+    reason = error.client_exc
+    return f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
 
 
 def _first_line(error: BaseException) -> str:

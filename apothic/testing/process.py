@@ -350,6 +350,9 @@ class Process:
         """End it without exit hooks, as if the process were killed; its calls get ``error``."""
         with self._changed:
             self.state = "lost"
+            left = list(self._calls)
+        for call in left:
+            call.abandon(error)
         self._end(error, wait=False)
 
     def _end(self, error: BaseException, *, wait: bool) -> None:

@@ -120,12 +120,7 @@ class Call:
                 return
             self.interrupted = reason
             waits = not self.begun
-            if self._task is not None:
-                loop, task = self._task
-                loop.call_soon_threadsafe(task.cancel)
-            elif self._thread_id is not None:
-                _set_async_exc(self._thread_id, Interrupted)
-                self.wake.set()
+            self._strike()
         if waits:
             self.fail(JobCancelledError(f"{self.label} was cancelled."))
             return
@@ -133,6 +128,23 @@ class Call:
             self.feed.shut()
         if reason != "closed":  # an instance that closes anyway is not replaced
             self._watch.after(GRACE_S, self, self._check_stuck)
+
+    def abandon(self, error: BaseException) -> None:
+        """Give the error at once, and stop the code that may still run."""
+        self.fail(error)
+        with self._lock:
+            self.interrupted = self.interrupted or "closed"
+            self._strike()
+        if self.feed is not None:
+            self.feed.shut()
+
+    def _strike(self) -> None:
+        if self._task is not None:
+            loop, task = self._task
+            loop.call_soon_threadsafe(task.cancel)
+        elif self._thread_id is not None:
+            _set_async_exc(self._thread_id, Interrupted)
+            self.wake.set()
 
     def _check_stuck(self) -> None:
         if self._since is not None:  # a generator that cleans up is outside the clock, and may

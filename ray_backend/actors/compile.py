@@ -113,7 +113,9 @@ class _Shell:
         _stop_when_parent_dies(host)
         if worker.restarted:
             # Nobody is there to start it: a restarted instance enters by itself.
-            me.apothic_start.remote()
+            threading.Thread(
+                target=_start_by_itself, args=(me,), name="apothic-restart", daemon=True
+            ).start()
 
     def apothic_start(self) -> None:
         self.apothic_host.start()
@@ -159,6 +161,20 @@ class _AsyncShell(_Shell):
 for _shell in (_Shell, _AsyncShell):
     for _name in ("apothic_status", "apothic_stop", "apothic_cancel", "apothic_confirm"):
         getattr(_shell, _name).__ray_concurrency_group__ = CONTROL_GROUP
+
+
+def _start_by_itself(me: Any) -> None:
+    """Have ``enter`` run; Ray refuses the call while this process still hears that it restarts."""
+    import ray
+
+    while True:
+        try:
+            ray.get(me.apothic_start.remote())
+            return
+        except ray.exceptions.ActorUnavailableError:
+            time.sleep(0.05)
+        except Exception:
+            return  # the host has noted what failed, and tells callers
 
 
 def _stop_on_sigterm(host: InstanceHost, remove: Callable[[], None]) -> None:

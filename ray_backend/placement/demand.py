@@ -125,19 +125,22 @@ class Plan:
             parts.append(f"Not matching:\n{rejected_table(self.survey)}")
         return "\n\n".join(parts)
 
-    def timed_out(self, waited_s: float, holders: Sequence[str] = ()) -> PlacementTimeoutError:
+    def timed_out(
+        self, waited_s: float, holders: Sequence[str] = (), to_wait: str = "wait longer"
+    ) -> PlacementTimeoutError:
         """Make the error for a container that had no room in time.
 
         Args:
             waited_s: how long it waited.
             holders: who holds the room, in words, for instance names of instances.
+            to_wait: what to do to wait longer.
         """
         names = ", ".join(dict.fromkeys(choice.name for choice in self.choices)) or "any node"
         held = ", ".join(holders[:20]) + (f" and {len(holders) - 20} more" * (len(holders) > 20))
         by = f" The room is held by: {held}." if holders else ""
         return PlacementTimeoutError(
             f"nothing with room was found within {figure(waited_s)} s for {self.wants}: {names} "
-            f"would do, and had none.{by} Close what is not needed, add nodes or wait longer."
+            f"would do, and had none.{by} Close what is not needed, add nodes, or {to_wait}."
             f"\n\n{self.explain()}"
         )
 

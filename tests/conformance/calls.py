@@ -24,15 +24,16 @@ from apothic.errors import (
     SerializationError,
     UsageError,
 )
+from tests.conformance.exceptions import OddError
 from tests.conformance.subjects import (
     AsyncBox,
     Box,
     Conformance,
     Flaky,
     Narrow,
-    OddError,
     Pair,
     Threaded,
+    ThreadedAsync,
     lines,
 )
 from tests.support import eventually
@@ -60,6 +61,12 @@ class Calls(Conformance):
             mine = [5]
             assert box.append.remote(mine) == [5, 1]
             assert mine == [5]
+        with Box.new(mine) as keeps:
+            mine.append(6)
+            keeps.state.remote().append(7)
+            first, second = keeps.states.remote_gen()
+            first.append(8)
+            assert second == keeps.state.remote() == [5]
 
     def test_what_cannot_travel_is_named(self) -> None:
         with Box.new() as box:
@@ -176,8 +183,11 @@ class Calls(Conformance):
 
     # -- threads and limits ----------------------------------------------------------------------
 
-    def test_everything_sync_runs_on_one_thread(self, log: Path) -> None:
-        with Threaded.new(str(log)) as box:
+    @pytest.mark.parametrize("cls", [Threaded, ThreadedAsync])
+    def test_everything_sync_runs_on_one_thread(self, log: Path, cls: Cls) -> None:
+        with cls.new(str(log)) as box:
+            if cls.name == "ThreadedAsync":
+                assert box.beside.remote()
             with ThreadPoolExecutor(4) as threads:
                 assert all(threads.map(box.add.remote, range(20)))
             assert list(box.values.remote_gen()) == list(range(20))

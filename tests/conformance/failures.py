@@ -20,23 +20,9 @@ from apothic.errors import (
     RemoteTraceback,
     WaitTimeoutError,
 )
-from tests.conformance.subjects import (
-    ENDS,
-    FAILS_TO_STOP,
-    FAILURES,
-    HOWS,
-    STAND_INS,
-    AsyncBox,
-    Box,
-    Conformance,
-    Hasty,
-    HastyAsync,
-    Hooked,
-    OddError,
-    Raises,
-    RaisesAsync,
-    lines,
-)
+from tests.conformance.exceptions import ENDS, FAILURES, HOWS, STAND_INS, OddError
+from tests.conformance.raising import FAILS_TO_STOP, Raises, RaisesAsync
+from tests.conformance.subjects import AsyncBox, Box, Conformance, Hasty, HastyAsync, Hooked, lines
 from tests.support import eventually
 
 

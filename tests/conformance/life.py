@@ -22,6 +22,7 @@ from apothic.errors import (
     InstanceStartError,
     RemoteError,
 )
+from tests.conformance.exceptions import OddError
 from tests.conformance.subjects import (
     HOOKED_LIFE,
     SMALL,
@@ -30,7 +31,6 @@ from tests.conformance.subjects import (
     Conformance,
     Hooked,
     KeepsFiles,
-    OddError,
     ReadsEnvironment,
     lines,
 )

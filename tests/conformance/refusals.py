@@ -27,7 +27,8 @@ from apothic.errors import (
     UsageError,
     VolumeNotFoundError,
 )
-from tests.conformance.subjects import SMALL, Box, Conformance, Plain, Trap
+from tests.conformance.exceptions import Trap
+from tests.conformance.subjects import SMALL, Box, Conformance, Plain
 
 
 @dataclass

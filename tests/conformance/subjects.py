@@ -1,4 +1,4 @@
-"""What the conformance suites share: classes, the exceptions that they raise, fixtures.
+"""What the conformance suites share: classes and fixtures.
 
 The classes may run in another process: they speak to the tests through results and files alone.
 """
@@ -6,10 +6,9 @@ The classes may run in another process: they speak to the tests through results 
 from __future__ import annotations
 
 import asyncio
-import builtins
+import ctypes
 import os
 import sqlite3
-import sys
 import threading
 import time
 import uuid
@@ -28,9 +27,7 @@ from apothic import (
     exit,
     method,
 )
-from apothic.errors import (
-    ConflictError,
-)
+from tests.conformance.exceptions import Trap, fail
 
 SMALL: dict[str, Any] = {"cpu": 0, "memory_mb": 10}
 
@@ -55,120 +52,6 @@ def wait_for(path: str) -> None:
 
 def lines(path: Path) -> list[str]:
     return path.read_text().split() if path.exists() else []
-
-
-class OddError(Exception):
-    """Its constructor takes other arguments than it passes on."""
-
-    def __init__(self, left: int, *, right: int) -> None:
-        super().__init__(f"{left} against {right}")
-        self.left = left
-        self.right = right
-
-
-class NoTextError(Exception):
-    """It cannot even be shown."""
-
-    def __str__(self) -> str:
-        raise RuntimeError("no text")
-
-
-class ShyError(Exception):
-    """It pickles, and cannot be unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return int, ("no number",)
-
-
-class Trap:
-    """A value that pickles, and fails where it arrives."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return int, ("no number",)
-
-
-def fail(how: str) -> None:
-    """Raise one of the exceptions of `FAILURES` or `STAND_INS`."""
-    if how == "plain":
-        raise KeyError("plain")
-    if how == "odd":
-        raise OddError(1, right=2)
-    if how == "os":
-        raise FileNotFoundError(2, "No such file", "lost.txt")
-    if how == "unicode":
-        b"\xff".decode()
-    if how == "cause":
-        try:
-            raise OddError(3, right=4)
-        except OddError as error:
-            raise ValueError("on top") from error
-    if how == "note":
-        noted = ValueError("noted")
-        noted.__notes__ = ["look here"]  # type: ignore[attr-defined]  # as add_note does, on 3.10 too
-        raise noted
-    if how == "group":
-        raise getattr(builtins, "ExceptionGroup")(  # noqa: B009 - new in 3.11
-            "many", [ValueError("one"), OddError(5, right=6)]
-        )
-    if how == "ours":
-        raise ConflictError("raised by user code")
-    if how == "lock":
-        locked = ValueError("holds a lock")
-        locked.lock = threading.Lock()  # type: ignore[attr-defined]
-        raise locked
-    if how == "no text":
-        raise NoTextError
-    if how == "local":
-
-        class LocalError(ValueError):
-            """Nobody can import it."""
-
-            def __init__(self, code: int) -> None:
-                super().__init__(f"code {code}")
-                self.code = code
-
-        raise LocalError(7)
-    if how == "unpickled":
-        raise ShyError("stays")
-    raise {
-        "exit": SystemExit(3),
-        "interrupt": KeyboardInterrupt("now"),
-        "stop": StopIteration("over"),
-        "generator exit": GeneratorExit("gone"),
-        "base": BaseException("bare"),
-    }[how]
-
-
-FAILURES = [
-    ("plain", "builtins.KeyError", "'plain'"),
-    ("odd", f"{__name__}.OddError", "1 against 2"),
-    ("local", f"{__name__}.fail.<locals>.LocalError", "code 7"),
-    ("os", "builtins.FileNotFoundError", "[Errno 2] No such file: 'lost.txt'"),
-    ("unicode", "builtins.UnicodeDecodeError", "invalid start byte"),
-    ("cause", "builtins.ValueError", "on top"),
-    ("note", "builtins.ValueError", "noted"),
-    ("ours", "apothic.errors.ConflictError", "raised by user code"),
-]
-if sys.version_info >= (3, 11):
-    FAILURES.append(("group", "builtins.ExceptionGroup", "many (2 sub-exceptions)"))
-"""Exceptions that arrive as themselves: name, type, a part of their text."""
-
-STAND_INS = [
-    ("exit", "builtins.SystemExit", "3"),
-    ("interrupt", "builtins.KeyboardInterrupt", "now"),
-    ("stop", "builtins.StopIteration", "over"),
-    ("generator exit", "builtins.GeneratorExit", "gone"),
-    ("base", "builtins.BaseException", "bare"),
-    ("lock", "builtins.ValueError", "holds a lock"),
-    ("no text", f"{__name__}.NoTextError", "<its __str__ raised RuntimeError>"),
-    ("unpickled", f"{__name__}.ShyError", "stays"),
-]
-"""Exceptions that arrive as `RemoteError`: name, ``type_name``, ``message``."""
-
-HOWS = [how for how, _, _ in (*FAILURES, *STAND_INS)]
-
-ENDS = ["odd", "exit", "interrupt", "stop", "generator exit", "base"]
-"""Those that would end a thread, a coroutine or the process, and one that would not."""
 
 
 # -- classes -------------------------------------------------------------------------------------
@@ -234,6 +117,15 @@ class Box:
     @method()
     def echo(self, *args: Any, **kwargs: Any) -> Any:
         return args, kwargs
+
+    @method()
+    def state(self) -> Any:
+        return self.value
+
+    @method()
+    def states(self) -> Iterator[Any]:
+        yield self.value
+        yield self.value
 
     @method()
     def append(self, items: list[int]) -> list[int]:
@@ -393,6 +285,15 @@ class Threaded:
         self.db.close()
 
 
+@app.cls(**SMALL)
+class ThreadedAsync(Threaded):
+    """Does so beside an event loop."""
+
+    @method()
+    async def beside(self) -> bool:
+        return threading.get_ident() != self.thread
+
+
 class HookedBase:
     def __init__(self, log: str, broken: str = "") -> None:
         self.log = log
@@ -444,6 +345,12 @@ class Flaky:
     def __init__(self, log: str) -> None:
         self.log = log
 
+    @method()
+    def hold(self, path: str) -> int:
+        number = self.attempt()
+        wait_for(path)
+        return number
+
     def attempt(self) -> int:
         note(self.log, "try")
         with open(self.log) as file:
@@ -485,6 +392,10 @@ class Hasty(Box):
         while True:
             pass
 
+    @method()
+    def stuck(self, seconds: int) -> None:
+        ctypes.CDLL(None).sleep(seconds)  # no Python code in which it could be interrupted
+
 
 @app.cls(**SMALL, timeout_s=1)
 class HastyAsync(AsyncBox):
@@ -508,103 +419,6 @@ class Pool(Box):
 @app.cls(**SMALL, max_pending_tasks=3)
 class Narrow(Box):
     pass
-
-
-@app.cls(**SMALL)
-class Raises:
-    """Raises something somewhere."""
-
-    def __init__(self, where: str = "", how: str = "") -> None:
-        self.where = where
-        self.how = how
-        self.at("construction")
-
-    def at(self, where: str) -> None:
-        if where == self.where:
-            fail(self.how)
-
-    @enter()
-    def up(self) -> None:
-        self.at("enter")
-
-    @method()
-    def plain(self, how: str) -> None:
-        fail(how)
-
-    @method()
-    def generator(self, how: str, after: int) -> Iterator[int]:
-        yield from range(after)
-        fail(how)
-
-    @method()
-    def fine(self) -> str:
-        return "fine"
-
-
-@app.cls(**SMALL)
-class RaisesAsync:
-    """Does so in coroutines; construction is never one."""
-
-    def __init__(self, where: str = "", how: str = "") -> None:
-        self.where = where
-        self.how = how
-        self.at("construction")
-
-    def at(self, where: str) -> None:
-        if where == self.where:
-            fail(self.how)
-
-    @enter()
-    async def up(self) -> None:
-        self.at("enter")
-
-    @method()
-    async def plain(self, how: str) -> None:
-        fail(how)
-
-    @method()
-    def sync_plain(self, how: str) -> None:
-        fail(how)
-
-    @method()
-    async def generator(self, how: str, after: int) -> AsyncIterator[int]:
-        for number in range(after):
-            yield number
-        fail(how)
-
-    @method()
-    def sync_generator(self, how: str, after: int) -> Iterator[int]:
-        yield from range(after)
-        fail(how)
-
-    @method()
-    async def fine(self) -> str:
-        return "fine"
-
-
-def _failing_hooks(is_async: bool) -> type:
-    """Make a class with an exit hook for every exception."""
-
-    def hook(how: str) -> Any:
-        def sync_hook(self: object) -> None:
-            fail(how)
-
-        async def async_hook(self: object) -> None:
-            fail(how)
-
-        return exit()(async_hook if is_async else sync_hook)
-
-    base = RaisesAsync if is_async else Raises
-    hooks = {f"down_{number}": hook(how) for number, how in enumerate(HOWS)}
-    made: type = type("FailsToStop", (base.local_cls,), {"__module__": __name__, **hooks})
-    return made
-
-
-FAILS_TO_STOP = [
-    App("conformance").cls(**SMALL, name=f"FailsToStop{is_async}")(_failing_hooks(is_async))
-    for is_async in (False, True)
-]
-"""Classes whose exit hooks raise everything that there is, in the order of `HOWS` backwards."""
 
 
 class ReadsEnvironment:

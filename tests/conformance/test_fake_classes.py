@@ -11,16 +11,24 @@ from pathlib import Path
 
 import pytest
 
+from apothic import ClassInstance
+from apothic.backend import connect
 from apothic.testing import FakeControlPlane, fake_engine
 from tests.conformance.calls import Calls
 from tests.conformance.failures import Failures
 from tests.conformance.life import Life
+from tests.conformance.losses import Losses
 from tests.conformance.refusals import Refusals
 from tests.conformance.verbs import Verbs
 from tests.support import eventually
 
 
-class TestFakeClasses(Verbs, Calls, Failures, Life, Refusals):
+class TestFakeClasses(Verbs, Calls, Failures, Life, Losses, Refusals):
+    def kill(self, instance: ClassInstance) -> None:
+        engine = connect()
+        assert isinstance(engine, FakeControlPlane)
+        engine.kill(instance.handle)
+
     @pytest.fixture
     def engine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeControlPlane]:
         temporary = tmp_path / "temporary"

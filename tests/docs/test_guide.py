@@ -42,7 +42,9 @@ def test_python_blocks(page: Path, ray_cluster: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     promised = re.findall(r"^ *print\(.*\)  # (.*)$", source, re.MULTILINE)
-    assert done.stdout.splitlines() == promised
+    # Ray adds lines of its own, in colour, where a worker is killed.
+    printed = [line for line in done.stdout.splitlines() if not line.startswith("\x1b")]
+    assert printed == promised
 
 
 @pytest.mark.parametrize("page", [*GUIDE, ROOT / "README.md"], ids=lambda page: page.stem)
@@ -69,4 +71,4 @@ def test_the_picture_shows_the_quickstart() -> None:
     source = (ROOT / "examples" / "quickstart.py").read_text()
     titles = re.findall(r'^    title\("(.+)"\)$', source.partition("def attach")[0], re.MULTILINE)
     picture = (ROOT / "docs" / "quickstart.svg").read_text()
-    assert re.findall(r'<text class="title"[^>]*>(.*)</text>', picture)[1:] == titles
+    assert re.findall(r'<text class="title"[^>]*>(.*)</text>', picture) == titles

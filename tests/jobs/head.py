@@ -13,7 +13,7 @@ import urllib.request
 import uuid
 import venv
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,15 +181,14 @@ def _answers(head: Head) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes], mark: str) -> None:
-    process.terminate()  # `ray start --block` takes its children along
-    try:
-        process.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for pid in processes_of_run(HEAD_VARIABLE, mark):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    eventually(lambda: not processes_of_run(HEAD_VARIABLE, mark))
+    """End the head and whatever it started, known by a variable in the environment of them all."""
+
+    def killed() -> bool:
+        left = processes_of_run(HEAD_VARIABLE, mark)
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not left
+
+    eventually(killed)
+    process.wait()

@@ -93,3 +93,18 @@ def test_nodes_whose_memory_differs_share_a_row():
           offer              nodes  fails      has             wanted
           (no offer) no GPU      5  memory_mb  up to 12288 MB  at least 16384 MB
     """) in textwrap.dedent(str(caught.value)).replace("\n  ", "\n")
+
+
+def test_all_that_matches_is_full():
+    nodes = [node("t", gpus=2, gpu="T4", offer="eu-t4", cost_per_hour_usd=0.6)]
+    found = place(nodes, {node_id("t"): {"CPU": 8.0}}, gpu="T4")
+    error = found.timed_out(30, ["app.Model 'prod'", "Ray actor Trainer"], "raise THE_LIMIT")
+    assert str(error) == lines("""
+        nothing with room was found within 30 s for cpu=1, memory_mb=1024, gpu='T4': eu-t4 would do, and had none. The room is held by: app.Model 'prod', Ray actor Trainer. Close what is not needed, add nodes, or raise THE_LIMIT.
+
+        Asked for: cpu=1, memory_mb=1024, gpu='T4'.
+
+        Matching, in the order of choice:
+          offer  nodes  cost       room now
+          eu-t4      1  0.3 USD/h        no
+    """)  # noqa: E501 - to the letter

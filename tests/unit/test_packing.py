@@ -201,6 +201,7 @@ def test_a_class_of_another_process_is_one_class(tmp_path: Path) -> None:
         "class Thing:\n"
         "    def __init__(self, n):\n        self.n = n\n"
         "    def get(self):\n        return self.n\n"
+        "    class Inner:\n        pass\n"
         "for n in (1, 2):\n"
         "    sys.stdout.write(dumps(Thing(n)).hex() + '\\n')\n"
     )
@@ -209,6 +210,7 @@ def test_a_class_of_another_process_is_one_class(tmp_path: Path) -> None:
     assert type(one) is type(two)
     assert (one.get(), two.get()) == (1, 2)
     assert loads(dumps(one)).get() == 1
+    assert one.Inner.__qualname__ == "Thing.Inner"
 
 
 def test_classes_of_one_factory_are_told_apart() -> None:

@@ -1,0 +1,99 @@
+"""An instance that moves keeps its lease, and its name to itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ray_backend.leases import CREATION_GRACE_S, PINNED, LeaseBook
+
+
+class Store(dict[str, Any]):
+    def put_lease(self, actor_name: str, record: dict[str, Any]) -> None:
+        self[actor_name] = record
+
+    def get_lease(self, actor_name: str) -> dict[str, Any] | None:
+        return self.get(actor_name)
+
+    def list_leases(self) -> list[str]:
+        return list(self)
+
+    def forget_lease(self, actor_name: str) -> None:
+        self.pop(actor_name, None)
+
+
+class Outside:
+    """A cluster with jobs and without actors."""
+
+    def __init__(self) -> None:
+        self.jobs = {"1"}
+        self.now = 0.0
+
+    def live_jobs(self) -> set[str]:
+        return self.jobs
+
+    def actor_is_alive(self, actor_id: str) -> bool:
+        return False
+
+    def instance_names(self) -> list[str]:
+        return []
+
+    def stop(self, actor_name: str) -> None:
+        raise AssertionError(actor_name)
+
+
+@pytest.fixture
+def outside() -> Outside:
+    return Outside()
+
+
+@pytest.fixture
+def book(outside: Outside) -> LeaseBook:
+    found = LeaseBook(Store(), outside, clock=lambda: outside.now)
+    assert found.acquire("a", PINNED, {"app": "x"})
+    return found
+
+
+def test_nobody_gets_the_name_before_it_is_given_back(book: LeaseBook) -> None:
+    assert book.pause("a")
+    assert not book.pause("a")
+    assert not book.acquire("a", "job:1", {})
+    assert not book.join("a", "job:1")
+    assert not book.keep("a")
+    assert book.resume("a")
+    assert book.join("a", "job:1")
+    assert book.records()["a"]["app"] == "x"
+
+
+def test_one_that_is_closed_meanwhile_must_go(book: LeaseBook) -> None:
+    assert book.pause("a")
+    book.forget("a")
+    assert not book.resume("a")
+    assert not book.pause("a")
+
+
+def test_one_whose_last_holder_went_meanwhile_must_go(book: LeaseBook, outside: Outside) -> None:
+    assert book.acquire("b", "job:1", {})
+    assert book.pause("b")
+    outside.jobs.clear()
+    assert book.sweep() == ["b"]
+    assert not book.resume("b")
+
+
+def test_a_name_whose_mover_died_comes_free(book: LeaseBook, outside: Outside) -> None:
+    assert book.pause("a")
+    outside.now = CREATION_GRACE_S + 1
+    assert book.sweep() == []
+    assert book.acquire("a", PINNED, {})
+
+
+def test_one_that_is_to_be_made_again_keeps_its_lease(book: LeaseBook, outside: Outside) -> None:
+    for _ in range(3):
+        outside.now += CREATION_GRACE_S - 1
+        assert book.keep("a")
+        assert book.sweep() == []
+    assert "a" in book.records()
+    outside.now += CREATION_GRACE_S + 1
+    book.sweep()
+    assert not book.keep("a")
