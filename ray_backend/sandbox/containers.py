@@ -1,0 +1,382 @@
+"""From a session's plan to a container whose agent answers, and to its end.
+
+Everything here may be called on an event loop: what blocks runs in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from apothic.errors import (
+    SandboxEngineError,
+    SandboxError,
+    SandboxLostError,
+    SandboxStartError,
+)
+from apothic.image import Image
+from apothic.volume import StorageMount
+from ray_backend.sandbox.agent.binaries import agent_binary
+from ray_backend.sandbox.agent_workspace import AgentWorkspace
+from ray_backend.sandbox.channel import AgentChannel, ChannelClosedError
+from ray_backend.sandbox.engine.agent_volume import AGENT_FILE, ensure_agent
+from ray_backend.sandbox.engine.attach import STDOUT, AttachedStream
+from ray_backend.sandbox.engine.connection import Engine
+from ray_backend.sandbox.engine.container import AGENT_DIRECTORY, BindMount, ContainerSpec
+from ray_backend.sandbox.engine.faults import FaultPoint, no_fault
+from ray_backend.sandbox.engine.images import ImageDefaults, ensure_image, image_defaults
+from ray_backend.sandbox.engine.labels import SESSION, OwnerLabels
+from ray_backend.sandbox.engine.launch import launch
+from ray_backend.sandbox.engine.network import internet_network, release_internet
+from ray_backend.sandbox.engine.outcome import ask_outcome
+from ray_backend.sandbox.engine.volumes import bind_volumes
+from ray_backend.sandbox.plan import SandboxPlan
+
+__all__ = [
+    "DISK_LOOK_S",
+    "NodeSurroundings",
+    "SessionContainer",
+    "find_container",
+    "gpu_ids_of",
+    "open_container",
+    "secret_variables",
+]
+
+T = TypeVar("T")
+
+AGENT_COMMAND = f"{AGENT_DIRECTORY}/{AGENT_FILE}"
+DIE_ON_EOF = "--die-on-eof"
+"""Has the agent of an unnamed session end with its client, and the container with it."""
+
+DISK_LOOK_S = 5.0
+"""Seconds between two looks at what a container has written, where the engine cannot limit it."""
+
+_TOLD_BYTES = 2000
+
+
+@dataclass(frozen=True)
+class NodeSurroundings:
+    """What a session's container needs of the node and the cluster.
+
+    Attributes:
+        owner: labels of what belongs to the session.
+        node_id: this node.
+        gpu_ids: the GPUs that the session may use.
+        fetch: gives a packed file by digest.
+        secret: gives a secret's variables, None when it is not stored.
+        pin_volume: ties a host-local volume to this node; gives the node it is tied to.
+    """
+
+    owner: OwnerLabels
+    node_id: str
+    gpu_ids: tuple[str, ...]
+    fetch: Callable[[str], bytes]
+    secret: Callable[[str], Mapping[str, str] | None]
+    pin_volume: Callable[[str], str]
+
+
+def gpu_ids_of(assigned: Sequence[object]) -> tuple[str, ...]:
+    """Give an engine's names for the GPUs that Ray assigned: indices or UUIDs, exactly these."""
+    return tuple(str(one) for one in assigned)
+
+
+class AgentLink:
+    """An attached stream as a channel takes it; what the agent complains of is kept for messages."""
+
+    def __init__(self, stream: AttachedStream) -> None:
+        """Use an open stream."""
+        self._stream = stream
+        self.complaints = b""
+
+    async def read(self) -> bytes:
+        """Give the next bytes of the agent's stdout; nothing at the end."""
+        while (piece := await self._stream.read()) is not None:
+            if piece[0] == STDOUT:
+                return piece[1]
+            self.complaints = (self.complaints + piece[1])[-_TOLD_BYTES:]
+        return b""
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to its stdin."""
+        self._stream.write(data)
+
+    async def drain(self) -> None:
+        """Wait until more can be sent."""
+        await self._stream.drain()
+
+    def abort(self) -> None:
+        """Drop the connection."""
+        self._stream.abort()
+
+
+@dataclass(frozen=True)
+class SessionContainer:
+    """A running container of a session, its agent at the other end of the stream.
+
+    Attributes:
+        engine: where it runs.
+        id: the engine's id.
+        name: readable.
+        stream: attached.
+        image: what the image says about running in it.
+        owner: its labels.
+        disk_gb: how much it may write while nobody but us looks, or None.
+        internet: whether it uses the cluster's network.
+        memory_mb: its limit.
+    """
+
+    engine: Engine
+    id: str
+    name: str
+    stream: AttachedStream
+    image: ImageDefaults
+    owner: OwnerLabels
+    disk_gb: float | None
+    internet: bool
+    memory_mb: int
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What users should know of its limits."""
+        if self.disk_gb is None:
+            return ()
+        return (
+            f"the node's Docker engine cannot limit disks: what the container writes is measured "
+            f"every {DISK_LOOK_S:g} s, and above disk_gb={self.disk_gb:g} the session ends.",
+        )
+
+    async def remove(self) -> None:
+        """Remove it with all that runs in it; idempotent."""
+        self.stream.abort()
+        await asyncio.to_thread(self.engine.remove, self.id)
+        if self.internet:
+            with contextlib.suppress(SandboxEngineError):  # a sweep finds it
+                await asyncio.to_thread(release_internet, self.engine, self.owner)
+
+    async def workspace(self, label: str, *, resync: bool) -> AgentWorkspace:
+        """Greet the agent; give the inside as a workspace, which removes the container at its end.
+
+        Args:
+            label: names the session in messages.
+            resync: whether another process has spoken to this agent before.
+
+        Raises:
+            SandboxStartError: when no agent answers.
+        """
+        link = AgentLink(self.stream)
+        try:
+            channel = await AgentChannel.open(link, resync=resync)
+        except ChannelClosedError as error:
+            said = link.complaints.decode("utf-8", "replace").strip()
+            raise SandboxStartError(
+                f"{label}: the agent in the container {self.name!r} does not answer: {error}."
+                f"{f' It said: {said!r}.' if said else ''} The image may be for another "
+                f"architecture than the node."
+            ) from error
+
+        async def why_lost(error: ChannelClosedError) -> SandboxLostError:
+            return await self.why_lost(label, error)
+
+        return AgentWorkspace(
+            channel,
+            label=label,
+            user=self.image.user.encode(),
+            has_home="HOME" in self.image.environment,
+            why_lost=why_lost,
+            remove=self.remove,
+        )
+
+    async def why_lost(self, label: str, error: ChannelClosedError) -> SandboxLostError:
+        """Find out what became of it, once its stream has ended."""
+        try:
+            outcome = await asyncio.to_thread(ask_outcome, self.engine, self.id)
+        except SandboxEngineError as problem:
+            return SandboxLostError(
+                f"{label} was lost: the node's Docker engine is gone or does not answer ({problem}). "
+                f"Open another session when it is back."
+            )
+        if outcome.running:
+            return SandboxLostError(f"{label} was lost: {error}. Open another session.")
+        if outcome.oom_killed:
+            return SandboxLostError(
+                f"{label} was lost: its memory (memory_mb={self.memory_mb}) was used up, and the "
+                f"container died of it. Open another session with more."
+            )
+        status = "" if outcome.exit_code is None else f" (exit status {outcome.exit_code})"
+        return SandboxLostError(
+            f"{label} was lost: its container was killed or removed from outside{status}. Open "
+            f"another session."
+        )
+
+    async def disk_is_full(self) -> bool:
+        """Tell whether it has written more than it may."""
+        if self.disk_gb is None:
+            return False
+        written = await asyncio.to_thread(self.engine.disk_bytes, self.id)
+        return written is not None and written > self.disk_gb * 1000**3
+
+
+async def find_container(plan: SandboxPlan, around: NodeSurroundings) -> SessionContainer | None:
+    """Attach again to the container that an earlier process of this actor left, if it runs.
+
+    One of the same name that another actor left is removed.
+
+    Raises:
+        SandboxEngineError: when the engine fails.
+    """
+    engine = await asyncio.to_thread(Engine.connect)
+    found = await asyncio.to_thread(engine.inspect, plan.container_name)
+    if found is None:
+        return None
+    owner = OwnerLabels.from_labels(found.labels)
+    ours = owner is not None and owner.owner == around.owner.owner
+    if not ours or not found.running:
+        if found.labels.get(SESSION) == plan.actor_name:
+            await asyncio.to_thread(engine.remove, found.id)
+        return None
+    config = await asyncio.to_thread(engine.api.inspect_container, found.id)
+    image = await asyncio.to_thread(image_defaults, engine, config["Image"])
+    limited = bool((config["HostConfig"].get("StorageOpt") or {}).get("size"))
+    disk_gb = plan.options.constraints.disk_gb
+    return SessionContainer(
+        engine=engine,
+        id=found.id,
+        name=found.name,
+        stream=await AttachedStream.open(engine, found.id),
+        image=image,
+        owner=around.owner,
+        disk_gb=None if limited else disk_gb,
+        internet=plan.spec.network == "internet",
+        memory_mb=plan.options.memory_mb,
+    )
+
+
+async def open_container(
+    plan: SandboxPlan,
+    around: NodeSurroundings,
+    *,
+    tell: Callable[[str], None],
+    at: FaultPoint = no_fault,
+) -> SessionContainer:
+    """Make and start the session's container; when that fails, nothing of it is left.
+
+    Args:
+        plan: the session.
+        around: the node.
+        tell: takes lines of what a pull or a build says.
+        at: see `launch`, `ensure_agent` and `internet_network`.
+
+    Raises:
+        SandboxError: the engine is missing or refuses, the image cannot be had, or a volume is on
+            another node.
+    """
+    engine = await asyncio.to_thread(Engine.connect)
+    options, owner = plan.options, around.owner
+    recipe = options.image or Image.debian_slim()
+
+    unwanted = threading.Event()
+
+    def progress(line: str) -> None:
+        if unwanted.is_set():
+            raise SandboxStartError(f"{plan.label} was closed while its image was made.")
+        tell(line)
+
+    def prepare() -> tuple[str, ImageDefaults, str, tuple[BindMount, ...]]:
+        image = ensure_image(engine, recipe, around.fetch, progress=progress)
+        binary = agent_binary(engine.architecture).read_bytes()
+        volume = ensure_agent(engine, binary, owner, at=at)
+        return image, image_defaults(engine, image), volume, _mounts(engine, plan, around)
+
+    try:
+        image, defaults, agent_volume, mounts = await asyncio.to_thread(prepare)
+    except asyncio.CancelledError:
+        unwanted.set()
+        raise
+    spec = ContainerSpec(
+        name=plan.container_name,
+        image=image,
+        command=(AGENT_COMMAND,) if plan.named else (AGENT_COMMAND, DIE_ON_EOF),
+        labels=owner.as_labels(),
+        agent_volume=agent_volume,
+        memory_mb=options.memory_mb,
+        cpu=options.cpu,
+        disk_gb=options.constraints.disk_gb,
+        gpu_ids=around.gpu_ids,
+        mounts=mounts,
+        keep=plan.named,
+    )
+    internet = plan.spec.network == "internet"
+    async with contextlib.AsyncExitStack() as held:
+        if internet:
+            joining = internet_network(engine, owner, blocked=plan.blocked, at=at)
+            network = await held.enter_async_context(_in_threads(joining))
+            spec = replace(spec, network=network.id, dns=network.dns)
+        launched = await launch(engine, spec, at=at)
+    return SessionContainer(
+        engine=engine,
+        id=launched.id,
+        name=spec.name,
+        stream=launched.stream,
+        image=defaults,
+        owner=owner,
+        disk_gb=options.constraints.disk_gb if launched.disk_limit == "watch" else None,
+        internet=internet,
+        memory_mb=options.memory_mb,
+    )
+
+
+def secret_variables(plan: SandboxPlan, around: NodeSurroundings) -> dict[bytes, bytes]:
+    """Give the variables of the session's secrets, for its execs alone.
+
+    Raises:
+        SandboxStartError: when one is not stored.
+    """
+    variables: dict[bytes, bytes] = {}
+    for name in plan.options.secrets:
+        found = around.secret(name)
+        if found is None:
+            raise SandboxStartError(
+                f"{plan.label}: secret {name!r} is not stored on this cluster. Store it with "
+                f"Secret.create({name!r}, …)."
+            )
+        variables.update(
+            (key.encode(), value.encode("utf-8", "surrogateescape")) for key, value in found.items()
+        )
+    return variables
+
+
+@contextlib.asynccontextmanager
+async def _in_threads(manager: contextlib.AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enter and leave what blocks; when cancelled on the way in, leave it as well."""
+    entering = asyncio.ensure_future(asyncio.to_thread(manager.__enter__))
+    try:
+        entered = await asyncio.shield(entering)
+    except asyncio.CancelledError:
+        await asyncio.wait({entering})
+        if entering.exception() is None:
+            await asyncio.to_thread(manager.__exit__, None, None, None)
+        raise
+    try:
+        yield entered
+    finally:
+        await asyncio.to_thread(manager.__exit__, None, None, None)
+
+
+def _mounts(engine: Engine, plan: SandboxPlan, around: NodeSurroundings) -> tuple[BindMount, ...]:
+    volumes: dict[str, StorageMount] = {}
+    for mount in plan.options.mounts:
+        if mount.backend == "vast_local":
+            node = around.pin_volume(mount.volume)
+            if node != around.node_id:
+                raise SandboxError(
+                    f"{plan.label}: volume {mount.volume!r} is on node {node} and not on "
+                    f"{around.node_id}, where the session is. Open it again, or use Volume.cloud."
+                )
+        volumes[mount.path] = StorageMount(
+            mount.volume, mount.backend, mount.size_gb, mount.path, mount.create_if_missing
+        )
+    return bind_volumes(engine, volumes, around.owner)

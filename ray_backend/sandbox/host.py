@@ -1,0 +1,256 @@
+"""`SandboxHost`: the life of one session on its node; plain, on one event loop, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+from apothic.errors import (
+    ImageBuildError,
+    ImageNotFoundError,
+    InvalidOptionError,
+    SandboxClosedError,
+    SandboxEngineError,
+    SandboxError,
+    SandboxFileError,
+    SandboxLostError,
+    SandboxNetworkError,
+    SandboxStartError,
+)
+from apothic.session_core import SessionCore
+from ray_backend.sandbox.agent_workspace import AgentWorkspace
+from ray_backend.sandbox.containers import (
+    DISK_LOOK_S,
+    NodeSurroundings,
+    SessionContainer,
+    find_container,
+    open_container,
+    secret_variables,
+)
+from ray_backend.sandbox.engine.faults import FaultPoint, no_fault
+from ray_backend.sandbox.plan import SandboxPlan
+
+__all__ = ["HostState", "SandboxHost"]
+
+HostState = Literal["new", "starting", "ready", "lost", "closing", "closed"]
+
+_ITSELF = (
+    ImageBuildError,
+    ImageNotFoundError,
+    InvalidOptionError,
+    SandboxFileError,
+    SandboxNetworkError,
+    SandboxStartError,
+)
+"""Failures to start that say themselves what the user is to change; others are the node's."""
+
+
+class SandboxHost:
+    """One session: its container, its core, and which state it is in."""
+
+    def __init__(
+        self,
+        plan: SandboxPlan,
+        around: NodeSurroundings,
+        *,
+        was_ready: bool = False,
+        started: Callable[[], None] = lambda: None,
+        at: FaultPoint = no_fault,
+    ) -> None:
+        """Do nothing yet.
+
+        Args:
+            plan: the session.
+            around: its node.
+            was_ready: an earlier process of the same actor had it ready: its container is attached
+                to again, and if that is gone, so is the session.
+            started: called in a thread when it has become ready.
+            at: fault points, see `open_container`.
+        """
+        self._plan = plan
+        self._around = around
+        self._was_ready = was_ready
+        self._note_started = started
+        self._at = at
+        self.state: HostState = "new"
+        self._starting: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
+        self._container: SessionContainer | None = None
+        self._workspace: AgentWorkspace | None = None
+        self._core: SessionCore | None = None
+        self._loss: SandboxLostError | None = None
+        self._progress = ""
+        self._since_unix_s = time.time()
+
+    async def start(self) -> None:
+        """Bring the session up, once for all callers; when that fails, nothing of it is left.
+
+        Raises:
+            SandboxStartError: the node could not; its cause tells what failed.
+            SandboxError: as itself, where the definition or an argument is to be changed.
+            SandboxLostError: its container has gone while its process was replaced.
+            SandboxClosedError: it was closed meanwhile.
+        """
+        if self.state in ("closing", "closed"):
+            raise self._closed_error()
+        if self._starting is None:
+            self.state = "starting"
+            self._starting = asyncio.create_task(self._start())
+            self._starting.add_done_callback(_seen)
+        try:
+            await asyncio.shield(self._starting)
+        except asyncio.CancelledError:
+            if self._starting.cancelled():
+                raise self._closed_error() from None
+            raise
+
+    async def core(self) -> SessionCore:
+        """Give what has the verbs; waits while the session starts.
+
+        Raises:
+            SandboxLostError: it is lost.
+            SandboxClosedError: it was closed.
+            SandboxStartError: it could not start.
+        """
+        if self.state != "ready":
+            await self.start()
+            if self._loss is not None:
+                raise SandboxLostError(*self._loss.args)
+        assert self._core is not None  # it has started
+        return self._core
+
+    async def stop(self) -> bool:
+        """End every program and remove the container; idempotent. False if it was closed before."""
+        first = self._stopping is None
+        if self._stopping is None:
+            self.state = "closing"
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+        return first
+
+    def status(self) -> dict[str, Any]:
+        """Tell how it is, in plain data."""
+        found = None if self._core is None else self._core.status()
+        container = self._container
+        return {
+            "state": "starting" if self.state == "new" else self.state,
+            "running": found.running_calls if found else 0,
+            "finished": found.finished_calls if found else 0,
+            "cwd": found.cwd if found else None,
+            "started_unix_s": found.started_unix_s if found else self._since_unix_s,
+            "spec_digest": self._plan.spec.digest,
+            "arguments_digest": self._plan.arguments_digest,
+            "container_id": None if container is None else container.id,
+            "notes": () if container is None else container.notes,
+            "progress": self._progress,
+            "pid": os.getpid(),
+        }
+
+    async def _start(self) -> None:
+        try:
+            await self._bring_up()
+        except BaseException as error:
+            await self._undo()
+            if isinstance(error, SandboxLostError):
+                self._loss = error
+                self.state = "lost"
+                raise
+            if isinstance(error, _ITSELF) or not isinstance(error, SandboxError | OSError):
+                raise
+            raise SandboxStartError(f"{self._plan.label} could not be opened: {error}") from error
+
+    async def _bring_up(self) -> None:
+        plan, around = self._plan, self._around
+        secrets = await asyncio.to_thread(secret_variables, plan, around)
+        container = await find_container(plan, around)
+        found = container is not None
+        if container is None:
+            if self._was_ready:
+                raise SandboxLostError(
+                    f"{plan.label} was lost: its container ended while its process was being "
+                    f"replaced. Close it, and open it again under the same name."
+                )
+            container = await open_container(plan, around, tell=self._tell, at=self._at)
+        self._container = container
+        workspace = await container.workspace(plan.label, resync=found)
+        self._workspace = workspace
+        core = SessionCore(
+            workspace,
+            label=plan.label,
+            secrets=secrets,
+            concurrent_requests=plan.options.concurrent_requests,
+        )
+        await core.start(plan.cwd, plan.variables())
+        self._core = core
+        await asyncio.to_thread(self._note_started)
+        self.state = "ready"
+        self._watching.append(asyncio.create_task(self._watch_loss(workspace, container)))
+        if container.disk_gb is not None:
+            self._watching.append(asyncio.create_task(self._watch_disk(workspace, container)))
+
+    def _tell(self, line: str) -> None:
+        self._progress = line
+
+    async def _undo(self) -> None:
+        """Remove what a failed start has made."""
+        container, self._container = self._container, None
+        if container is None:
+            return
+        if self._workspace is not None:
+            await self._workspace.close()
+        else:
+            await container.remove()
+
+    async def _stop(self) -> None:
+        for task in self._watching:
+            task.cancel()
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+            await asyncio.wait({self._starting})
+        if self._core is not None:
+            await self._core.close()
+        elif self._was_ready and self._container is None:
+            await self._remove_leftover()
+        self.state = "closed"
+
+    async def _remove_leftover(self) -> None:
+        """Remove the container of the process before this one, which never came to attach to it."""
+        with contextlib.suppress(SandboxEngineError):  # a sweep finds it
+            container = await find_container(self._plan, self._around)
+            if container is not None:
+                await container.remove()
+
+    async def _watch_loss(self, workspace: AgentWorkspace, container: SessionContainer) -> None:
+        loss = await workspace.wait_lost()
+        if self.state == "ready":
+            self._loss = loss
+            self.state = "lost"
+            with contextlib.suppress(SandboxEngineError):  # `stop` or a sweep does it
+                await container.remove()
+
+    async def _watch_disk(self, workspace: AgentWorkspace, container: SessionContainer) -> None:
+        while self.state == "ready":
+            await asyncio.sleep(DISK_LOOK_S)
+            with contextlib.suppress(SandboxEngineError):
+                if await container.disk_is_full():
+                    workspace.lose(
+                        SandboxLostError(
+                            f"{self._plan.label} was lost: it wrote more than disk_gb="
+                            f"{container.disk_gb:g} to its disk. Open another session with more."
+                        )
+                    )
+                    await container.remove()
+
+    def _closed_error(self) -> SandboxClosedError:
+        return SandboxClosedError(f"{self._plan.label} is closed. Open another session.")
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """Take note of a failure: whoever waited may be gone."""
+    if not task.cancelled():
+        task.exception()

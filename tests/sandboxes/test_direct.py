@@ -1,0 +1,66 @@
+"""The conformance suites on containers, without Ray in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from apothic import App, Image, Sandbox
+from apothic.backend import use_client
+from ray_backend.sandbox.engine.connection import Engine
+from tests.conformance.sandboxes.base import SMALL, SandboxSuite, marked
+from tests.conformance.sandboxes.execs import ExecConformance
+from tests.conformance.sandboxes.files import FileConformance
+from tests.conformance.sandboxes.kills import KillConformance
+from tests.conformance.sandboxes.sessions import SessionConformance, SharedSessionConformance
+from tests.conformance.sandboxes.volumes_of_data import DataConformance
+from tests.docker.support import left_of
+from tests.sandboxes.direct import DirectEngine
+
+__all__ = ["marked"]
+
+IMAGE = Image.from_registry("apothic-test-debian")
+
+
+class Direct(SandboxSuite):
+    @pytest.fixture
+    def engine(self, docker_engine: Engine) -> Iterator[DirectEngine]:
+        engine = DirectEngine()
+        previous = use_client(engine)
+        yield engine
+        use_client(previous)
+        engine.disconnect()
+        assert left_of(docker_engine, engine.cluster_id) == []
+
+    @pytest.fixture
+    def define(self, engine: DirectEngine) -> Callable[..., Sandbox]:
+        app = App("conformance")
+        count = iter(range(1000))
+
+        def define(**options: Any) -> Sandbox:
+            given = {"name": f"s{next(count)}", "image": IMAGE, **SMALL, **options}
+            return app.sandbox(**given)
+
+        return define
+
+
+class TestDirectExecs(Direct, ExecConformance):
+    pass
+
+
+class TestDirectFiles(Direct, FileConformance):
+    pass
+
+
+class TestDirectKills(Direct, KillConformance):
+    pass
+
+
+class TestDirectSessions(Direct, SessionConformance, SharedSessionConformance):
+    pass
+
+
+class TestDirectData(Direct, DataConformance):
+    pass
