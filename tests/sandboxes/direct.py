@@ -32,6 +32,7 @@ class DirectEngine(FakeControlPlane):
     def __init__(self) -> None:
         super().__init__()
         self.sessions: dict[tuple[str, str, str], DirectRef] = {}
+        self.opened: list[DirectRef] = []
         self.specs: dict[str, SandboxSpec] = {}
         self.blobs: dict[str, bytes] = {}
         self.secrets: dict[str, dict[str, str]] = {}
@@ -49,6 +50,7 @@ class DirectEngine(FakeControlPlane):
             self.blobs.update(request.blobs())
             self.specs[spec.digest] = spec
             self.sessions[key] = ref = DirectRef(self, self.plan(request), request.named)
+            self.opened.append(ref)
             return ref
 
     def plan(self, request: SandboxRequest) -> SandboxPlan:
@@ -93,8 +95,9 @@ class DirectEngine(FakeControlPlane):
 
     @override
     def disconnect(self) -> None:
-        for ref in list(self.sessions.values()):
+        for ref in self.opened:
             ref.close()
+            ref.end()
         super().disconnect()
 
 
@@ -166,6 +169,7 @@ class DirectRef(SandboxRef):
             cwd=status["cwd"].decode(),
             running_calls=status["running"],
             finished_calls=status["finished"],
+            arguments_digest=status["arguments_digest"],
         )
 
     @override
