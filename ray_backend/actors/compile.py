@@ -18,7 +18,15 @@ from typing import Any
 from ray_backend.actors.host import HostServices, InstanceHost
 from ray_backend.actors.plan import InstancePlan
 
-__all__ = ["CALL_METHOD", "CONTROL_GROUP", "actor_method_name", "compile_actor"]
+__all__ = [
+    "CALL_METHOD",
+    "CONTROL_GROUP",
+    "actor_method_name",
+    "compile_actor",
+    "start_by_itself",
+    "stop_on_sigterm",
+    "stop_when_parent_dies",
+]
 
 CONTROL_GROUP = "control"
 CONTROL_THREADS = 4
@@ -109,12 +117,12 @@ class _Shell:
                 started=worker.started,
             ),
         )
-        _stop_on_sigterm(host, worker.remove)
-        _stop_when_parent_dies(host)
+        stop_on_sigterm(host.stop, worker.remove)
+        stop_when_parent_dies(lambda: host.stop(drain_s=0.0))
         if worker.restarted:
             # Nobody is there to start it: a restarted instance enters by itself.
             threading.Thread(
-                target=_start_by_itself, args=(me,), name="apothic-restart", daemon=True
+                target=start_by_itself, args=(me,), name="apothic-restart", daemon=True
             ).start()
 
     def apothic_start(self) -> None:
@@ -163,7 +171,7 @@ for _shell in (_Shell, _AsyncShell):
         getattr(_shell, _name).__ray_concurrency_group__ = CONTROL_GROUP
 
 
-def _start_by_itself(me: Any) -> None:
+def start_by_itself(me: Any) -> None:
     """Have ``enter`` run; Ray refuses the call while this process still hears that it restarts."""
     import ray
 
@@ -177,23 +185,23 @@ def _start_by_itself(me: Any) -> None:
             return  # the host has noted what failed, and tells callers
 
 
-def _stop_on_sigterm(host: InstanceHost, remove: Callable[[], None]) -> None:
+def stop_on_sigterm(stop: Callable[[], object], remove: Callable[[], None]) -> None:
     """Stop properly when the process is asked to end; its name is free afterwards."""
 
-    def stop() -> None:
-        host.stop()
+    def stop_and_remove() -> None:
+        stop()
         remove()
 
     def handle(signum: int, frame: object) -> None:
         # The main thread must go on: Ray runs its task loop there, and the exit hooks are a task.
-        threading.Thread(target=stop, name="apothic-sigterm").start()
+        threading.Thread(target=stop_and_remove, name="apothic-sigterm").start()
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handle)
 
 
-def _stop_when_parent_dies(host: InstanceHost) -> None:
-    """Run the exit hooks when the node's Ray ends under the instance, before Ray ends it too.
+def stop_when_parent_dies(stop: Callable[[], object]) -> None:
+    """Stop when the node's Ray ends under the actor, before Ray ends its process too.
 
     Ray looks for its raylet every second, and on a cluster that this package started every few, and
     then ends the process without running anything.
@@ -211,7 +219,7 @@ def _stop_when_parent_dies(host: InstanceHost) -> None:
             poll.register(descriptor, select.POLLIN)
             poll.poll()
             os.close(descriptor)
-        host.stop(drain_s=0.0)
+        stop()
         os._exit(0)
 
     threading.Thread(target=watch, name="apothic-parent", daemon=True).start()

@@ -7,10 +7,11 @@ that.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 
-__all__ = ["ACK_EVERY", "AHEAD", "CONSUMER_KEY", "StreamGate"]
+__all__ = ["ACK_EVERY", "AHEAD", "CONSUMER_KEY", "AsyncStreamGate", "StreamGate"]
 
 AHEAD = 256
 """Items that a generator may be ahead of its consumer."""
@@ -60,3 +61,30 @@ class StreamGate:
         with self._condition:
             self._shut = True
             self._condition.notify_all()
+
+
+class AsyncStreamGate:
+    """The credit of one stream whose producer is on an event loop; only that loop uses it."""
+
+    def __init__(self, consumer_lives: Callable[[], bool], ahead: int) -> None:
+        """Let ``ahead`` items pass unconfirmed; ``consumer_lives`` is asked in a thread."""
+        self._consumer_lives = consumer_lives
+        self._room = ahead
+        self._confirmed = asyncio.Event()
+
+    async def admit(self) -> bool:
+        """Count one item, after waiting for room; False when nobody is there to take it."""
+        while self._room <= 0:
+            self._confirmed.clear()
+            try:
+                await asyncio.wait_for(self._confirmed.wait(), _LOOK_S)
+            except asyncio.TimeoutError:
+                if not await asyncio.to_thread(self._consumer_lives):
+                    return False
+        self._room -= 1
+        return True
+
+    def confirm(self, count: int) -> None:
+        """Take note that the consumer has ``count`` more items."""
+        self._room += count
+        self._confirmed.set()
