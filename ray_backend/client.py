@@ -15,7 +15,13 @@ from typing import Any, TypeVar
 import ray
 from ray import exceptions as rays
 
-from apothic.backend import ControlPlaneClient, InstanceRef, StartRequest
+from apothic.backend import (
+    ControlPlaneClient,
+    InstanceRef,
+    SandboxRef,
+    SandboxRequest,
+    StartRequest,
+)
 from apothic.errors import (
     AppNotFoundError,
     BackendError,
@@ -24,6 +30,7 @@ from apothic.errors import (
 from apothic.names import actor_name
 from apothic.node_types import NodeType
 from apothic.options import ClassOptions
+from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
 from apothic.values import (
     AppManifest,
     ClassInstanceHandle,
@@ -46,6 +53,7 @@ from ray_backend.placement.catalogue import Catalogue
 from ray_backend.placement.live import ClusterView, Placeable, explain, offers_table
 from ray_backend.readiness import STOPPING_WAIT_S, wait_ready
 from ray_backend.registry import Registry
+from ray_backend.sandbox.sessions import Sandboxes
 from ray_backend.translate import translate
 
 __all__ = ["RayClient", "connect"]
@@ -93,6 +101,7 @@ class RayClient(ControlPlaneClient):
         self._catalogue = Catalogue(self.registry)
         self._cluster_id = self.registry.cluster_id()
         self.holder = self._find_holder()
+        self._sandboxes = Sandboxes(self)
         self._own_cluster = ray_api.is_own_cluster()
         self.manager = ManagerLink()
         self._leased = False
@@ -133,9 +142,9 @@ class RayClient(ControlPlaneClient):
         self, manifest: AppManifest, blobs: Mapping[str, bytes], *, close_outdated: bool
     ) -> None:
         """Store the code first, then the manifest: who finds the app finds its code."""
-        digests = []
-        for spec in manifest.classes.values():
-            digests.append(self._store(spec, lambda: blobs))
+        specs: list[ClassSpec | SandboxSpec] = [*manifest.classes.values()]
+        specs += manifest.sandboxes.values()
+        digests = [self.store(spec, lambda: blobs) for spec in specs]
         record = {"manifest": manifest.model_dump(mode="json"), "spec_digests": digests}
         self.registry.put_app(manifest.name, json.dumps(record))
         if close_outdated:
@@ -207,7 +216,7 @@ class RayClient(ControlPlaneClient):
         """Lease first, then make the actor, so that an interrupted creation leaks nothing."""
         spec = request.spec
         name = actor_name(spec.app, spec.name, request.instance_id)
-        digest = self._store(spec, request.blobs)
+        digest = self.store(spec, request.blobs)
         holder = PINNED if request.named else self.holder
         record = {
             "app": spec.app,
@@ -218,7 +227,7 @@ class RayClient(ControlPlaneClient):
         }
         deadline = time.monotonic() + STOPPING_WAIT_S
         while True:
-            self._leased = True
+            self.note_lease()
             if self.manager.ask(lambda manager: manager.acquire.remote(name, holder, record)):
                 break
             if time.monotonic() > deadline:
@@ -287,7 +296,7 @@ class RayClient(ControlPlaneClient):
         if lease is None:
             raise gone
         if not lease["named"]:
-            self._leased = True
+            self.note_lease()
             if not self.manager.ask(lambda manager: manager.join.remote(name, self.holder)):
                 raise gone
         handle = handle.model_copy(
@@ -371,7 +380,7 @@ class RayClient(ControlPlaneClient):
         wanted = [
             lease
             for _, lease in sorted(found.items())
-            if app in (None, lease["app"]) and cls in (None, lease["cls"])
+            if "cls" in lease and app in (None, lease["app"]) and cls in (None, lease["cls"])
         ]
         specs = {
             digest: self.find_spec(digest) for digest in {each["spec_digest"] for each in wanted}
@@ -413,6 +422,26 @@ class RayClient(ControlPlaneClient):
                 return found
             time.sleep(0.05)
         return None
+
+    # -- sandboxes -------------------------------------------------------------------------------
+
+    def start_sandbox(self, request: SandboxRequest) -> SandboxRef:
+        """Start or find a session."""
+        return self._sandboxes.start(request)
+
+    def attach_sandbox(self, handle: SandboxHandle) -> SandboxRef:
+        """Reach a live session."""
+        return self._sandboxes.attach(handle)
+
+    def find_sandbox_spec(self, digest: str) -> SandboxSpec | None:
+        """Read a definition of a sandbox."""
+        return self._sandboxes.find_spec(digest)
+
+    def list_sandboxes(
+        self, app: str | None = None, sandbox: str | None = None
+    ) -> list[SandboxSessionInfo]:
+        """List live sessions."""
+        return self._sandboxes.list(app, sandbox)
 
     # -- secrets and volumes ---------------------------------------------------------------------
 
@@ -459,6 +488,10 @@ class RayClient(ControlPlaneClient):
             elif self._leased:
                 ray.get(self.manager.actor().release_all.remote(self.holder), timeout=EXIT_WAIT_S)
 
+    def note_lease(self) -> None:
+        """Note that this process is about to hold a lease, to be given up at its end."""
+        self._leased = True
+
     # -- inside ----------------------------------------------------------------------------------
 
     def _launch(self, request: StartRequest, name: str, digest: str) -> Launched:
@@ -476,7 +509,8 @@ class RayClient(ControlPlaneClient):
             return False
         return True
 
-    def _store(self, spec: ClassSpec, blobs: Callable[[], Mapping[str, bytes]]) -> str:
+    def store(self, spec: ClassSpec | SandboxSpec, blobs: Callable[[], Mapping[str, bytes]]) -> str:
+        """Store a version of a class or sandbox, its contents first; give its digest."""
         digest = spec.digest
         if self.registry.get_spec(digest) is None:
             for key, content in blobs().items():

@@ -12,9 +12,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-__all__ = ["PINNED", "LeaseBook", "LeaseStore", "Surroundings"]
+__all__ = ["PINNED", "SANDBOX", "LeaseBook", "LeaseStore", "Surroundings"]
 
 PINNED = "pinned"
+
+SANDBOX = "sandbox"
+"""The ``kind`` in the lease of a sandbox session; that of an instance of a class has none."""
+
 CREATION_GRACE_S = 20.0
 """Seconds that a lease may stand without its actor: creating one takes a moment."""
 
@@ -67,15 +71,38 @@ class LeaseBook:
     def acquire(self, name: str, holder: str, record: dict[str, Any]) -> bool:
         """Add a holder; the first one writes ``record``. False while the instance is stopping."""
         with self._lock:
-            if name in self._stopping:
-                return False
-            lease = self._leases.get(name) or {**record, "holders": []}
-            if holder not in lease["holders"]:
-                lease = {**lease, "holders": [*lease["holders"], holder]}
-            self._store.put_lease(name, lease)
-            self._leases[name] = lease
-            self._seen[name] = self._clock()
-            return True
+            return self._acquire(name, holder, record)
+
+    def _acquire(self, name: str, holder: str, record: dict[str, Any]) -> bool:
+        if name in self._stopping:
+            return False
+        lease = self._leases.get(name) or {**record, "holders": []}
+        if holder not in lease["holders"]:
+            lease = {**lease, "holders": [*lease["holders"], holder]}
+        self._store.put_lease(name, lease)
+        self._leases[name] = lease
+        self._seen[name] = self._clock()
+        return True
+
+    def acquire_sandbox(
+        self, name: str, holder: str, record: dict[str, Any], max_sessions: int
+    ) -> tuple[bool, int]:
+        """As `acquire`, for a session of a definition of which so many may live at once.
+
+        Returns:
+            Whether it is leased now, and when it is not since too many live, how many; else 0.
+        """
+        key = (record["app"], record["sandbox"])
+        with self._lock:
+            if name not in self._leases:
+                alive = sum(
+                    lease.get("kind") == SANDBOX and (lease["app"], lease["sandbox"]) == key
+                    for other, lease in self._leases.items()
+                    if other not in self._stopping
+                )
+                if alive >= max_sessions:
+                    return False, alive
+            return self._acquire(name, holder, record), 0
 
     def join(self, name: str, holder: str) -> bool:
         """Add a holder to a lease that exists; False when there is none, or it is stopping."""

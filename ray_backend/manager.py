@@ -62,6 +62,12 @@ class Manager:
         """Lease an instance that is about to be made; False while one of this name is stopping."""
         return self._book.acquire(name, holder, record)
 
+    def acquire_sandbox(
+        self, name: str, holder: str, record: dict[str, Any], max_sessions: int
+    ) -> tuple[bool, int]:
+        """Lease a session about to be made, unless too many live: then tell how many."""
+        return self._book.acquire_sandbox(name, holder, record, max_sessions)
+
     def join(self, name: str, holder: str) -> bool:
         """Lease an instance that exists."""
         return self._book.join(name, holder)

@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import ray
 from ray import exceptions as rays
@@ -41,10 +41,13 @@ from ray_backend.placement.seats import holders, may_be_starting
 from ray_backend.translate import failure_inside, translate, was_never_sent
 
 if TYPE_CHECKING:
+    from apothic.sandbox_values import SandboxHandle
+    from apothic.values import ClassInstanceHandle, ClassSpec, SandboxSpec
     from ray_backend.client import RayClient
     from ray_backend.instances import RayInstance
+    from ray_backend.registry import Registry
 
-__all__ = ["STOPPING_WAIT_S", "wait_ready"]
+__all__ = ["STOPPING_WAIT_S", "MovedError", "PlacementWatch", "wait_ready"]
 
 PLACEMENT_TIMEOUT_VARIABLE = "APOTHIC_PLACEMENT_TIMEOUT_S"
 PLACEMENT_TIMEOUT_S = 600.0
@@ -63,7 +66,7 @@ _LOOK_S = 0.5
 _MAX_LOOK_S = 5.0
 
 
-class _MovedError(Exception):
+class MovedError(Exception):
     """The instance has another actor now."""
 
 
@@ -74,12 +77,12 @@ def wait_ready(client: RayClient, instance: RayInstance) -> None:
     """
     request: StartRequest | None = instance.request
     deadline = time.monotonic() + STOPPING_WAIT_S
-    watch = _Watch(client, instance)
+    watch = PlacementWatch(client, instance)
     while True:
         try:
             _wait_once(client, instance, request, watch)
             return
-        except _MovedError:
+        except MovedError:
             continue
         except rays.ActorUnavailableError:
             # A named one that is coming back: it waits for room, or has its process started.
@@ -102,7 +105,10 @@ def wait_ready(client: RayClient, instance: RayInstance) -> None:
 
 
 def _wait_once(
-    client: RayClient, instance: RayInstance, request: StartRequest | None, watch: _Watch
+    client: RayClient,
+    instance: RayInstance,
+    request: StartRequest | None,
+    watch: PlacementWatch[RayInstance],
 ) -> None:
     actor = instance.native
     label = instance.label
@@ -141,10 +147,38 @@ def _wait_once(
         raise
 
 
-class _Watch:
+class Waiting(Protocol):
+    """What waits for room: an instance or a session, by its actor."""
+
+    label: str
+    placement: Placement | None
+
+    @property
+    def native(self) -> Any: ...
+    @property
+    def handle(self) -> ClassInstanceHandle | SandboxHandle: ...
+
+
+W = TypeVar("W", bound=Waiting, contravariant=True)
+
+
+class Mover(Protocol[W]):
+    """What knows where there is room."""
+
+    @property
+    def is_proxy(self) -> bool: ...
+    @property
+    def registry(self) -> Registry: ...
+    def find_spec(self, digest: str) -> ClassSpec | SandboxSpec | None: ...
+    def view(self) -> ClusterView: ...
+    def move(self, instance: W) -> bool: ...
+
+
+class PlacementWatch(Generic[W]):
     """Sees to it that an instance gets room, or that its caller is told why not."""
 
-    def __init__(self, client: RayClient, instance: RayInstance) -> None:
+    def __init__(self, client: Mover[W], instance: W) -> None:
+        """Start the clock."""
         self._client = client
         self._instance = instance
         self._limit_s = _placement_timeout_s()
@@ -156,7 +190,7 @@ class _Watch:
         """Get a first reply, but do not wait for ever for room.
 
         Raises:
-            _MovedError: when the actor was replaced by one that asks for room elsewhere.
+            MovedError: when the actor was replaced by one that asks for room elsewhere.
             PlacementTimeoutError: when there was no room in time.
             NoMatchingOfferError: when at that time nothing qualifies any more.
         """
@@ -206,7 +240,7 @@ class _Watch:
         self._moves += 1
         self._queued_since = None
         if self._client.move(self._instance):
-            raise _MovedError
+            raise MovedError
 
     def _place(self) -> tuple[Placement, ClusterView]:
         spec = self._client.find_spec(self._instance.handle.spec_digest)

@@ -70,21 +70,27 @@ class AsyncStreamGate:
         """Let ``ahead`` items pass unconfirmed; ``consumer_lives`` is asked in a thread."""
         self._consumer_lives = consumer_lives
         self._room = ahead
-        self._confirmed = asyncio.Event()
+        self._changed = asyncio.Event()
+        self.is_shut = False
 
     async def admit(self) -> bool:
-        """Count one item, after waiting for room; False when nobody is there to take it."""
-        while self._room <= 0:
-            self._confirmed.clear()
+        """Count one item, after waiting for room; False when nobody wants it any more."""
+        while self._room <= 0 and not self.is_shut:
+            self._changed.clear()
             try:
-                await asyncio.wait_for(self._confirmed.wait(), _LOOK_S)
+                await asyncio.wait_for(self._changed.wait(), _LOOK_S)
             except asyncio.TimeoutError:
                 if not await asyncio.to_thread(self._consumer_lives):
                     return False
         self._room -= 1
-        return True
+        return not self.is_shut
 
     def confirm(self, count: int) -> None:
         """Take note that the consumer has ``count`` more items."""
         self._room += count
-        self._confirmed.set()
+        self._changed.set()
+
+    def shut(self) -> None:
+        """Let a waiting producer go: it is to stop."""
+        self.is_shut = True
+        self._changed.set()

@@ -108,6 +108,8 @@ class SandboxHost:
             if self._starting.cancelled():
                 raise self._closed_error() from None
             raise
+        if self._loss is not None:
+            raise SandboxLostError(*self._loss.args)
 
     async def core(self) -> SessionCore:
         """Give what has the verbs; waits while the session starts.
@@ -119,8 +121,6 @@ class SandboxHost:
         """
         if self.state != "ready":
             await self.start()
-            if self._loss is not None:
-                raise SandboxLostError(*self._loss.args)
         assert self._core is not None  # it has started
         return self._core
 
@@ -185,7 +185,8 @@ class SandboxHost:
             secrets=secrets,
             concurrent_requests=plan.options.concurrent_requests,
         )
-        await core.start(plan.cwd, plan.variables())
+        variables = await asyncio.to_thread(plan.variables, around.fetch)
+        await core.start(plan.cwd, variables)
         self._core = core
         await asyncio.to_thread(self._note_started)
         self.state = "ready"

@@ -5,13 +5,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from apothic.options import ClassOptions
 from apothic.values import SandboxSpec
+from ray_backend.registry import Registry
 
-__all__ = ["SandboxPlan"]
+__all__ = ["ACK_EVERY", "AHEAD", "SandboxPlan"]
+
+AHEAD = 8
+"""Items, of at most 1 MiB, that a stream may be ahead of its consumer."""
+
+ACK_EVERY = 4
+"""Items after which the consumer confirms."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,8 @@ class SandboxPlan:
         named: it lives until closed, and outlives its actor's process.
         spec_json: the definition, a `SandboxSpec`.
         cwd: its first working directory.
-        env: its own first variables, a pickled mapping; users put tokens there.
+        env: its own first variables, a pickled mapping, as users put tokens there; None where they
+            are many: they are then in the registry.
         arguments_digest: equal for equal ``cwd`` and ``env``.
         blocked: IPv4 addresses that ``network="internet"`` must not reach: the cluster's nodes.
     """
@@ -36,7 +44,7 @@ class SandboxPlan:
     named: bool
     spec_json: str
     cwd: bytes
-    env: bytes = field(repr=False)
+    env: bytes | None = field(repr=False)
     arguments_digest: str
     blocked: tuple[str, ...] = ()
 
@@ -61,7 +69,8 @@ class SandboxPlan:
         digest = hashlib.sha256(f"{self.cluster_id}\0{self.actor_name}".encode()).hexdigest()
         return f"apothic-{digest[:32]}"
 
-    def variables(self) -> Mapping[bytes, bytes | None]:
-        """Give ``env`` as it was asked for."""
-        found: Mapping[bytes, bytes | None] = pickle.loads(self.env)
+    def variables(self, fetch: Callable[[str], bytes]) -> Mapping[bytes, bytes | None]:
+        """Give ``env`` as it was asked for; ``fetch`` gives what the registry has of a key."""
+        env = self.env if self.env is not None else fetch(Registry.arguments_key(self.actor_name))
+        found: Mapping[bytes, bytes | None] = pickle.loads(env)
         return found

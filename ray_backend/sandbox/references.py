@@ -1,0 +1,363 @@
+"""`RaySandbox`, its calls and its streams: the seam's references, over actor handles and ObjectRefs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import ray
+from ray import exceptions as rays
+from typing_extensions import override
+
+from apothic.backend import CallRef, ItemStream, SandboxRef, SandboxRequest
+from apothic.errors import (
+    ApothicError,
+    InstanceClosedError,
+    InstanceLostError,
+    SandboxClosedError,
+    SandboxLostError,
+    UsageError,
+)
+from apothic.names import actor_name
+from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
+from apothic.values import CloseReport
+from ray_backend import ray_api
+from ray_backend.actors.gate import CONSUMER_KEY
+from ray_backend.sandbox.plan import ACK_EVERY
+from ray_backend.translate import translate, was_never_sent
+
+if TYPE_CHECKING:
+    from ray_backend.placement.live import Placement
+    from ray_backend.sandbox.sessions import Sandboxes
+
+__all__ = ["RaySandbox", "session_actor_name"]
+
+RESTART_S = 60.0
+"""Seconds to wait for a named session's process to come back before a verb fails."""
+
+_RETRY_STEP_S = 0.05
+
+
+def session_actor_name(app: str, sandbox: str, sandbox_id: str) -> str:
+    """Give the name of a session's actor; no class is named with ``~``."""
+    return actor_name(app, f"~{sandbox}", sandbox_id)
+
+
+class RaySandbox(SandboxRef):
+    """A live session: its actor, and how to call it."""
+
+    def __init__(
+        self,
+        sandboxes: Sandboxes,
+        handle: SandboxHandle,
+        actor: Any,
+        *,
+        request: SandboxRequest | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        """Wrap an actor.
+
+        Args:
+            sandboxes: of the client.
+            handle: where it is.
+            actor: its handle.
+            request: what was asked for, where it may not be ready yet.
+            placement: where it was asked for, of an actor that this process made.
+        """
+        self._sandboxes = sandboxes
+        self._handle = handle
+        self._actor = actor
+        self.request = request
+        self.placement = placement
+        self.label = f"{handle.app}.{handle.sandbox} {handle.sandbox_id!r}"
+        self._closed = False
+
+    @property
+    @override
+    def handle(self) -> SandboxHandle:
+        return self._handle
+
+    @property
+    @override
+    def native(self) -> Any:
+        """The Ray actor handle."""
+        return self._actor
+
+    @override
+    def call(self, verb: str, *args: Any) -> CallRef:
+        self._check_open()
+        return RaySandboxCall(self, verb, args)
+
+    @override
+    def stream(self, verb: str, *args: Any) -> ItemStream:
+        self._check_open()
+        if self._sandboxes.is_proxy:
+            raise UsageError(
+                f"{self.label}.{verb}: nothing can stream through a ray:// connection, which Ray does "
+                f"not support. Run the program on the cluster with `ray job submit`."
+            )
+        submit = getattr(self._actor, verb).options(num_returns="streaming").remote
+        return RaySandboxStream(
+            self, submit(*args, **{CONSUMER_KEY: self._sandboxes.client.holder})
+        )
+
+    @override
+    def wait_ready(self) -> None:
+        if self.request is not None:
+            self._sandboxes.wait_ready(self)
+            self.request = None
+
+    @override
+    def inspect(self) -> SandboxSessionInfo:
+        self._check_open()
+        try:
+            status = ray.get(self._actor.apothic_status.remote())
+        except rays.RayError as error:
+            raise self.error_of(error) from None
+        if status["state"] in ("closing", "closed"):
+            raise self._closed_error()
+        record: dict[str, Any] = {}
+        if not self._sandboxes.is_proxy:
+            record = ray_api.actor_record(self._actor._actor_id.hex())
+        spec = self._sandboxes.find_spec(status["spec_digest"])
+        handle, cwd = self._handle, status["cwd"]
+        return SandboxSessionInfo(
+            app=handle.app,
+            sandbox=handle.sandbox,
+            sandbox_id=handle.sandbox_id,
+            named=handle.named,
+            local=False,
+            state=status["state"],
+            spec_digest=status["spec_digest"],
+            cwd=None if cwd is None else cwd.decode("utf-8", "surrogateescape"),
+            network=spec.network if spec else None,
+            running_calls=status["running"],
+            finished_calls=status["finished"],
+            restarts=record.get("NumRestarts", 0),
+            started_unix_s=status["started_unix_s"],
+            node_id=record.get("Address", {}).get("NodeID"),
+            container_id=status["container_id"],
+            arguments_digest=status["arguments_digest"],
+            notes=tuple(status["notes"]),
+        )
+
+    @override
+    def close(self) -> CloseReport:
+        report = self.stop()
+        self._closed = True
+        return report
+
+    def stop(self) -> CloseReport:
+        """Have the manager stop it, which sees to it even if this process ends meanwhile."""
+        name = self._name
+        return self._sandboxes.client.manager.close(name, self._actor._actor_id.hex())
+
+    @override
+    def release(self) -> None:
+        name, holder = self._name, self._sandboxes.client.holder
+        self._sandboxes.client.manager.ask(lambda manager: manager.release.remote(name, holder))
+
+    def follow(self, other: RaySandbox) -> None:
+        """Go on with another actor of the same name."""
+        self._actor, self._handle, self.placement = other._actor, other._handle, other.placement
+        self._closed = False
+
+    def cancel(self, task_id: str) -> None:
+        """End a verb, wherever it is."""
+        with contextlib.suppress(rays.RayError):
+            self._actor.apothic_cancel.remote(task_id)
+
+    def error_of(self, error: BaseException, waited_s: float | None = None) -> BaseException:
+        """Give our error for what a verb raised; one of ours that was raised inside as itself."""
+        cause = getattr(error, "cause", None)
+        if isinstance(error, rays.RayTaskError) and isinstance(cause, ApothicError):
+            return cause
+        if isinstance(error, rays.ActorUnavailableError) and self._handle.named:
+            return SandboxLostError(
+                f"{self.label}: its process was replaced while this ran, which may or may not have had "
+                f"effects. The session goes on, with its files and what runs in the background."
+            )
+        found = translate(error, self.label, timeout_s=waited_s)
+        if isinstance(found, InstanceClosedError):
+            return self._closed_error()
+        if isinstance(found, InstanceLostError):
+            return SandboxLostError(
+                f"{self.label} was lost: its process or its node died. Open another session. {found}"
+            )
+        return found
+
+    def wait_for_restart(self) -> None:
+        """Wait until a named session whose process was replaced takes verbs again."""
+        deadline = time.monotonic() + RESTART_S
+        while True:
+            try:
+                ray.get(self._actor.apothic_start.remote(), timeout=RESTART_S)
+                return
+            except rays.ActorUnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_RETRY_STEP_S)
+
+    @property
+    def in_background(self) -> Any:
+        """The threads for what must not wait on Ray's own."""
+        return self._sandboxes.client.background
+
+    @property
+    def _name(self) -> str:
+        handle = self._handle
+        return session_actor_name(handle.app, handle.sandbox, handle.sandbox_id)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise self._closed_error()
+
+    def _closed_error(self) -> SandboxClosedError:
+        return SandboxClosedError(
+            f"{self.label} is closed, by this process or by another. Open another session."
+        )
+
+
+class RaySandboxCall(CallRef):
+    """One verb: an ObjectRef, and what it takes to send it again if it never reached the actor."""
+
+    __slots__ = ("_again", "_args", "_ref", "_session", "_verb")
+
+    def __init__(self, session: RaySandbox, verb: str, args: tuple[Any, ...]) -> None:
+        """Submit it."""
+        self._session = session
+        self._verb = verb
+        self._again = session.handle.named
+        self._args = args if self._again else ()  # kept only where needed: they can be large
+        self._ref = getattr(session.native, verb).remote(*args)
+
+    @override
+    def result(self, timeout_s: float | None = None) -> Any:
+        try:
+            return ray.get(self._ref, timeout=timeout_s)
+        except rays.RayError as error:
+            return self._recover(error, timeout_s)
+
+    def _recover(self, error: rays.RayError, timeout_s: float | None) -> Any:
+        """Send a verb again that found its session between two processes; else raise our error."""
+        deadline = time.monotonic() + RESTART_S
+        while self._again and was_never_sent(error) and time.monotonic() < deadline:
+            try:
+                self._session.wait_for_restart()
+                self._ref = getattr(self._session.native, self._verb).remote(*self._args)
+                return ray.get(self._ref, timeout=timeout_s)
+            except rays.RayError as later:
+                error = later
+        found = self._session.error_of(error, timeout_s)
+        raise found from found.__cause__
+
+    @override
+    def future(self) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def finish(raw: Future[Any]) -> None:
+            error = raw.exception()
+            if error is None:
+                if future.set_running_or_notify_cancel():
+                    future.set_result(raw.result())
+            else:
+                # Ray calls this on the thread that its replies come on, which must not wait.
+                self._session.in_background.submit(self._finish, future, error)
+
+        self._ref.future().add_done_callback(finish)
+        return future
+
+    def _finish(self, future: Future[Any], error: BaseException) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            if not isinstance(error, rays.RayError):
+                raise error
+            future.set_result(self._recover(error, None))
+        except BaseException as found:
+            future.set_exception(found)
+
+    @override
+    def done(self) -> bool:
+        return self.finished([self])[0]
+
+    @override
+    @classmethod
+    def finished(cls, calls: Sequence[CallRef]) -> list[bool]:
+        refs = [call.native for call in calls]
+        unique = list(dict.fromkeys(refs))
+        ready, _ = ray.wait(unique, num_returns=len(unique), timeout=0, fetch_local=False)
+        found = set(ready)
+        return [ref in found for ref in refs]
+
+    @override
+    def cancel(self) -> None:
+        if not self.done():
+            self._session.cancel(self._ref.task_id().hex())
+
+    @property
+    @override
+    def native(self) -> Any:
+        """The ``ray.ObjectRef``."""
+        return self._ref
+
+
+class RaySandboxStream(ItemStream):
+    """The items of one verb that gives several."""
+
+    def __init__(self, session: RaySandbox, generator: Any) -> None:
+        """Wrap a ``ray.ObjectRefGenerator``."""
+        self._session = session
+        self._generator = generator
+        self._task_id: str = generator._generator_ref.task_id().hex()
+        self._open = True
+        self._count = 0
+
+    @override
+    def next_item(self) -> Any:
+        try:
+            item = ray.get(next(self._generator))
+        except StopIteration:
+            self._open = False
+            raise
+        except rays.RayError as error:
+            self._fail(error)
+        self._confirm()
+        return item
+
+    @override
+    async def anext_item(self) -> Any:
+        try:
+            item = await (await self._generator.__anext__())
+        except StopAsyncIteration:
+            self._open = False
+            raise
+        except rays.RayError as error:
+            self._fail(error)
+        self._confirm()
+        return item
+
+    def _fail(self, error: rays.RayError) -> NoReturn:
+        self._open = False
+        found = self._session.error_of(error)
+        raise found from found.__cause__
+
+    def _confirm(self) -> None:
+        self._count += 1
+        if self._count % ACK_EVERY == 0:
+            self._session.native.apothic_confirm.remote(self._task_id, ACK_EVERY)
+
+    @override
+    def close(self) -> None:
+        """Stop the producer, also one that waits for its consumer; Ray does not do so by itself."""
+        if self._open:
+            self._open = False
+            self._session.cancel(self._task_id)
+
+    def __del__(self) -> None:
+        """Stop what nobody reads any more."""
+        with contextlib.suppress(Exception):
+            self.close()

@@ -1,0 +1,301 @@
+"""`Sandboxes`: sessions from the client's side: finding, making, listing and waiting for them."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import exceptions as rays
+
+from apothic.backend import SandboxRequest
+from apothic.errors import (
+    BackendError,
+    PlacementError,
+    SandboxClosedError,
+    SandboxLimitError,
+    SandboxLostError,
+    SandboxSessionNotFoundError,
+    SandboxStartError,
+)
+from apothic.options import ClassOptions
+from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
+from apothic.values import SandboxSpec
+from ray_backend.actors.compile import CONTROL_GROUP
+from ray_backend.launch import tied_nodes
+from ray_backend.leases import PINNED, SANDBOX
+from ray_backend.names import NAMESPACE
+from ray_backend.placement.live import ClusterView, Placement, place
+from ray_backend.readiness import STOPPING_WAIT_S, PlacementWatch
+from ray_backend.registry import Registry
+from ray_backend.sandbox.plan import SandboxPlan
+from ray_backend.sandbox.references import RaySandbox, session_actor_name
+
+if TYPE_CHECKING:
+    from ray_backend.client import RayClient
+
+__all__ = ["Sandboxes"]
+
+CONCURRENT_VERBS = 1000
+"""Verbs that one session answers at once; what runs inside is limited by the definition."""
+
+CONTROL_CALLS = 64
+INLINE_BYTES = 64 * 1024
+"""Variables up to this size go with the actor; Ray would keep larger ones in the creator's memory."""
+
+CREATION_ATTEMPTS = 10
+_RETRY_STEP_S = 0.05
+_actor_classes: dict[str, Any] = {}
+
+
+class Sandboxes:
+    """The sandbox half of `RayClient`, which forwards to it."""
+
+    def __init__(self, client: RayClient) -> None:
+        """Use the client's registry, manager and view."""
+        self.client = client
+
+    # What waiting for room needs.
+
+    @property
+    def is_proxy(self) -> bool:
+        """Whether this process talks through a proxy."""
+        return self.client.is_proxy
+
+    @property
+    def registry(self) -> Registry:
+        """The cluster's registry."""
+        return self.client.registry
+
+    def view(self) -> ClusterView:
+        """Look at the cluster."""
+        return self.client.view()
+
+    def move(self, session: RaySandbox) -> bool:
+        """Take a session that waits for room to where there is some: not done, it keeps its place."""
+        return False
+
+    def find_spec(self, digest: str) -> SandboxSpec | None:
+        """Read a definition."""
+        found = self.registry.get_spec(digest)
+        return None if found is None else SandboxSpec.model_validate_json(found)
+
+    # What the seam asks.
+
+    def start(self, request: SandboxRequest) -> RaySandbox:
+        """Lease first, then make the actor, so that an interrupted creation leaks nothing."""
+        spec = request.spec
+        name = session_actor_name(spec.app, spec.name, request.sandbox_id)
+        digest = self.client.store(spec, request.blobs)
+        self._lease(request, name, digest)
+        try:
+            actor, placement = self._launch(request, name, digest)
+        except BaseException:
+            if _find(name) is None:
+                self.client.manager.ask(lambda manager: manager.forget.remote(name))
+            raise
+        handle = SandboxHandle(
+            cluster_id=self.client.cluster_id,
+            app=spec.app,
+            sandbox=spec.name,
+            sandbox_id=request.sandbox_id,
+            spec_digest=digest,
+            named=request.named,
+        )
+        if placement is None:
+            lease = self.registry.get_lease(name) or {}
+            handle = handle.model_copy(update={"spec_digest": lease.get("spec_digest", digest)})
+        return RaySandbox(self, handle, actor, request=request, placement=placement)
+
+    def attach(self, handle: SandboxHandle) -> RaySandbox:
+        """Reach a live session."""
+        name = session_actor_name(handle.app, handle.sandbox, handle.sandbox_id)
+        gone = SandboxSessionNotFoundError(
+            f"{handle.app}.{handle.sandbox} {handle.sandbox_id!r} does not live: it was closed, or it "
+            f"was lost. Open another."
+        )
+        actor, lease = _find(name), self.registry.get_lease(name)
+        if actor is None or lease is None:
+            raise gone
+        if not lease["named"]:
+            self.client.note_lease()
+            holder = self.client.holder
+            if not self.client.manager.ask(lambda manager: manager.join.remote(name, holder)):
+                raise gone
+        handle = handle.model_copy(
+            update={"spec_digest": lease["spec_digest"], "named": lease["named"]}
+        )
+        return RaySandbox(self, handle, actor)
+
+    def list(self, app: str | None = None, sandbox: str | None = None) -> list[SandboxSessionInfo]:
+        """List live sessions as their leases and Ray know them, asking none of them."""
+        found = self.client.manager.ask(lambda manager: manager.instances.remote())
+        wanted = [
+            lease
+            for _, lease in sorted(found.items())
+            if lease.get("kind") == SANDBOX
+            and app in (None, lease["app"])
+            and sandbox in (None, lease["sandbox"])
+        ]
+        specs = {
+            digest: self.find_spec(digest) for digest in {each["spec_digest"] for each in wanted}
+        }
+        return [
+            SandboxSessionInfo(
+                app=lease["app"],
+                sandbox=lease["sandbox"],
+                sandbox_id=lease["sandbox_id"],
+                named=lease["named"],
+                local=False,
+                state=lease["state"],
+                spec_digest=lease["spec_digest"],
+                network=spec.network if spec else None,
+                node_id=lease["node_id"],
+                restarts=lease["restarts"],
+            )
+            for lease in wanted
+            for spec in [specs[lease["spec_digest"]]]
+        ]
+
+    def wait_ready(self, session: RaySandbox) -> None:
+        """Wait until a session takes verbs; what cannot is removed before the error is raised."""
+        deadline = time.monotonic() + STOPPING_WAIT_S
+        watch = PlacementWatch(self, session)
+        while True:
+            try:
+                watch.get(session.native.apothic_start.remote())
+                return
+            except PlacementError:
+                self._give_up(session)
+                raise
+            except rays.RayError as error:
+                if isinstance(error, rays.ActorUnavailableError) and session.handle.named:
+                    watch.look()
+                    time.sleep(_RETRY_STEP_S)
+                    continue
+                found = session.error_of(error)
+                request = session.request
+                again = request is not None and request.named and session.placement is None
+                gone = isinstance(found, SandboxClosedError | SandboxLostError)
+                if not (again and gone) or time.monotonic() > deadline:
+                    self._give_up(session)
+                    if session.placement is not None and isinstance(error, rays.RayActorError):
+                        found = SandboxStartError(
+                            f"{session.label} could not be opened: its process ended meanwhile. "
+                            f"{found}"
+                        )
+                    raise found from None
+            # A named one that somebody else closes just now, or that was lost: another takes its place.
+            assert request is not None
+            if isinstance(found, SandboxLostError):
+                session.close()
+            session.follow(self.start(request))
+
+    def _give_up(self, session: RaySandbox) -> None:
+        """Close what this process made; of others' it gives up the lease."""
+        with contextlib.suppress(BackendError):
+            if session.placement is not None or self.is_proxy:
+                session.stop()
+            elif not session.handle.named:
+                session.release()
+
+    def _lease(self, request: SandboxRequest, name: str, digest: str) -> None:
+        spec = request.spec
+        holder = PINNED if request.named else self.client.holder
+        record = {
+            "kind": SANDBOX,
+            "app": spec.app,
+            "sandbox": spec.name,
+            "sandbox_id": request.sandbox_id,
+            "named": request.named,
+            "spec_digest": digest,
+        }
+        deadline = time.monotonic() + STOPPING_WAIT_S
+        while True:
+            self.client.note_lease()
+            leased, alive = self.client.manager.ask(
+                lambda manager: manager.acquire_sandbox.remote(
+                    name, holder, record, request.max_sessions
+                )
+            )
+            if leased:
+                return
+            if alive:
+                raise SandboxLimitError(
+                    f"{alive} sessions of {spec.app}.{spec.name} live, which is max_containers × "
+                    f"tasks_per_container. Close some, or raise one of them."
+                )
+            if time.monotonic() > deadline:
+                raise BackendError(
+                    f"{spec.app}.{spec.name} {request.sandbox_id!r} is still being closed after "
+                    f"{STOPPING_WAIT_S:g} s. Try again, or use another id."
+                )
+            time.sleep(0.01)
+
+    def _launch(
+        self, request: SandboxRequest, name: str, digest: str
+    ) -> tuple[Any, Placement | None]:
+        """Make the actor, or give the one of this name; a placement says that it was made here."""
+        found = _find(name) if request.named else None
+        if found is not None:
+            return found, None
+        options = ClassOptions.model_validate(request.spec.options)
+        view = self.view()
+        placement = place(view, options, tied_nodes(self.registry, options))
+        env: bytes | None = pickle.dumps(dict(request.env))
+        if env is not None and len(env) > INLINE_BYTES:
+            self.registry.put_blob(self.registry.arguments_key(name), env)
+            env = None
+        plan = SandboxPlan(
+            actor_name=name,
+            cluster_id=self.client.cluster_id,
+            sandbox_id=request.sandbox_id,
+            named=request.named,
+            spec_json=request.spec.model_dump_json(),
+            cwd=request.cwd,
+            env=env,
+            arguments_digest=request.arguments_digest,
+            blocked=tuple(sorted({str(node["NodeManagerAddress"]) for node in view.nodes})),
+        )
+        make = _actor_class().options(
+            **placement.ray_options(),
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=-1 if request.named else 0,
+            max_task_retries=0,
+            max_concurrency=CONCURRENT_VERBS,
+        )
+        if self.is_proxy:
+            return make.options(get_if_exists=request.named).remote(plan), None
+        for attempt in range(CREATION_ATTEMPTS):
+            try:
+                return make.remote(plan), placement
+            except ValueError:
+                found = _find(name) if request.named else None
+                if found is not None:
+                    return found, None
+                if not request.named or attempt == CREATION_ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+
+def _actor_class() -> Any:
+    """Give the actor class; exported once per job."""
+    job = ray.get_runtime_context().get_job_id()
+    if job not in _actor_classes:
+        # Imported when it is needed: with it comes docker-py, which takes 50 ms.
+        from ray_backend.sandbox.actor import SandboxActor
+
+        make: Any = ray.remote  # its stubs do not know concurrency groups
+        _actor_classes[job] = make(concurrency_groups={CONTROL_GROUP: CONTROL_CALLS})(SandboxActor)
+    return _actor_classes[job]
+
+
+def _find(name: str) -> Any:
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
