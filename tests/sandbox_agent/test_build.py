@@ -62,6 +62,23 @@ def test_what_is_current_is_not_built_again(tmp_path: Path):
     assert not build.is_current(tmp_path)
 
 
+@pytest.mark.usefixtures("shipped_agent")
+def test_another_checkout_takes_what_was_compiled_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first, second, cache = tmp_path / "first", tmp_path / "second", tmp_path / "cache"
+    build.build(first, cache)
+    with monkeypatch.context() as changes:
+        changes.setattr(build, "_compile", None)
+        paths = build.build(second, cache)
+    assert build.is_current(second)
+    for path in paths:
+        assert path.read_bytes() == (first / path.name).read_bytes(), "not the same bytes"
+        assert path.stat().st_mode & 0o111
+    cache.joinpath("in the way").touch()
+    assert build.build(tmp_path / "third", cache / "in the way")[0].exists()
+
+
 def test_tells_its_version(checked_agent: Path):
     done = subprocess.run([checked_agent, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(constants.PROTOCOL_VERSION)

@@ -365,6 +365,20 @@ def test_the_end_of_stdin_ends_everything(any_agent: Agent):
     assert any_agent.gone() == 0
 
 
+def test_the_end_of_stdin_counts_while_nobody_reads(any_agent: Agent):
+    stream = any_agent.start(["yes"], credit=1 << 30)
+    any_agent.until(stream, Output)
+    any_agent.reading = False
+    # Requests whose answers have no room are left in stdin, and the end is behind them.
+    any_agent.push(b"".join(any_agent.connection.stat(b"/")[1] for _ in range(20_000)))
+    wait_until(lambda: sleeping(any_agent), "the agent waits for somebody to read")
+    assert any_agent.process.stdin is not None
+    any_agent.process.stdin.close()
+    assert any_agent.process.wait(DEADLINE_S) == 0
+    any_agent.reading = True
+    assert any_agent.gone() == 0
+
+
 def test_without_the_flag_the_end_of_stdin_ends_nothing(checked_agent: Path, tmp_path: Path):
     """A named session: another client comes, on the same pipes."""
     os.mkfifo(tmp_path / "in")

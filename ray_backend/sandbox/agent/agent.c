@@ -362,7 +362,10 @@ static void wait_for_work(void) {
     wake_ns = UINT64_MAX;
     polled_count = 0;
     poll_add(signals_fd, POLLIN);
-    poll_add(answerable && !frames_left && eof_recheck_ns == 0 ? 0 : -1, POLLIN);
+    if (answerable && !frames_left && eof_recheck_ns == 0)
+        poll_add(0, POLLIN);
+    else /* an end that ends everything is heard even when nobody takes our output */
+        poll_add(die_on_eof ? 0 : -1, 0);
     poll_add(buffer_used(&out) > 0 ? 1 : -1, POLLOUT);
     keepers_poll();
     for (size_t i = 0; i < streams_used; i++) {
@@ -470,6 +473,8 @@ int main(int argc, char *argv[]) {
     set_up();
     for (;;) {
         wait_for_work();
+        if (die_on_eof && polled[SLOT_STDIN].revents & (POLLHUP | POLLERR | POLLNVAL))
+            die(0);
         if (poll_ready(SLOT_SIGNALS))
             take_signals();
         if (poll_ready(SLOT_STDIN) || (eof_recheck_ns != 0 && now_ns() >= eof_recheck_ns))

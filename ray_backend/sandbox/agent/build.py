@@ -7,12 +7,16 @@ ray_backend.sandbox.agent.build`` does the same by hand, after a change of the s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TARGETS = ("x86_64", "aarch64")
@@ -69,33 +73,75 @@ def is_current(out_dir: Path = BIN) -> bool:
     """Tell whether ``out_dir`` holds every binary, made from the sources as they are."""
     try:
         stamp = (out_dir / STAMP).read_text(encoding="ascii").strip()
-    except FileNotFoundError:
+    except OSError:
         return False
     present = all((out_dir / binary_name(target)).is_file() for target in TARGETS)
     return present and stamp == source_digest()
 
 
-def build(out_dir: Path = BIN) -> list[Path]:
-    """Compile the agent into ``out_dir`` unless it is current; give the paths, as in `TARGETS`.
+def build(out_dir: Path = BIN, cache: Path | None = None) -> list[Path]:
+    """Put the agent into ``out_dir`` unless it is current; give the paths, as in `TARGETS`.
 
-    The same sources and the same version of ziglang give the same bytes. Takes a second a target,
-    and up to a minute the first time, because then musl is compiled too.
+    The same sources and the same version of ziglang give the same bytes. A compilation takes about a
+    second, but up to a minute with a ziglang at a new path, as in every isolated build, because
+    then musl is compiled too; so what comes of it is kept in ``cache`` as well.
+
+    Args:
+        out_dir: where to.
+        cache: a directory to keep results in; None: ``apothic-ray`` in the user's cache directory.
 
     Raises:
         BuildError: ziglang is not installed in this environment, or the compiler refused.
     """
-    paths = [out_dir / binary_name(target) for target in TARGETS]
+    names = [binary_name(target) for target in TARGETS]
+    paths = [out_dir / name for name in names]
     if is_current(out_dir):
         return paths
-    out_dir.mkdir(parents=True, exist_ok=True)
-    stamp = out_dir / STAMP
-    stamp.unlink(missing_ok=True)
     digest = source_digest()
-    for target, path in zip(TARGETS, paths, strict=True):
-        compiler = (sys.executable, "-m", "ziglang", "cc", "-target", f"{target}-linux-musl")
-        _compile((*compiler, *_COMMON, *_SHIPPED), path)
-    stamp.write_text(digest + "\n", encoding="ascii")
+    kept = _cache_of(digest, cache)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / STAMP).unlink(missing_ok=True)
+    if kept is not None and is_current(kept):
+        for name in names:
+            _place(kept / name, out_dir / name)
+    else:
+        with ThreadPoolExecutor(len(TARGETS)) as pool:
+            list(pool.map(_compile_shipped, TARGETS, paths))
+        if kept is not None:
+            _keep(paths, digest, kept)
+    (out_dir / STAMP).write_text(digest + "\n", encoding="ascii")
     return paths
+
+
+def _compile_shipped(target: str, path: Path) -> None:
+    compiler = (sys.executable, "-m", "ziglang", "cc", "-target", f"{target}-linux-musl")
+    _compile((*compiler, *_COMMON, *_SHIPPED), path)
+
+
+def _cache_of(digest: str, cache: Path | None) -> Path | None:
+    """Give where the results of these sources and this compiler are kept; None for nowhere."""
+    try:
+        version = importlib.metadata.version("ziglang")
+        if cache is None:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apothic-ray"
+    except (importlib.metadata.PackageNotFoundError, RuntimeError):
+        return None  # no ziglang, or no home
+    return cache / f"agent-{digest[:32]}-{version}"
+
+
+def _keep(paths: Sequence[Path], digest: str, kept: Path) -> None:
+    """Fill the cache; one that cannot be written is done without."""
+    with contextlib.suppress(OSError):
+        kept.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            _place(path, kept / path.name)
+        (kept / STAMP).write_text(digest + "\n", encoding="ascii")
+
+
+def _place(source: Path, target: Path) -> None:
+    """Copy to a name beside the target and move it there, so that it is never half there."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        os.replace(shutil.copy(source, scratch), target)
 
 
 def build_checked(
