@@ -36,7 +36,10 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ[RUN_VARIABLE] = run
     os.environ["APOTHIC_VOLUME_ROOT"] = str(root)
     yield
-    eventually(lambda: not processes_of_run(RUN_VARIABLE, run))
+    try:
+        eventually(lambda: not processes_of_run(RUN_VARIABLE, run))
+    except AssertionError:
+        raise AssertionError(f"left: {processes_of_run(RUN_VARIABLE, run)}") from None
     left = list(Path(root, "volumes").glob("*"))
     assert left == []
 
