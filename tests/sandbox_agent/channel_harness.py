@@ -8,6 +8,7 @@ import os
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import IO
 
 from ray_backend.sandbox.agent.constants import (
     Channel,
@@ -23,12 +24,29 @@ MIB = 1 << 20
 
 
 class PipeLink:
-    """A link to an agent over its pipes, or over one socket."""
+    """A link to an agent over two pipes, or over one socket."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        incoming: asyncio.ReadTransport | None = None,
+    ) -> None:
         self._reader = reader
         self._writer = writer
+        self._incoming = incoming
         self.failure: Exception | None = None
+
+    @classmethod
+    async def over(cls, from_agent: IO[bytes], to_agent: IO[bytes]) -> PipeLink:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=MIB)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        incoming, _ = await loop.connect_read_pipe(lambda: protocol, from_agent)
+        outgoing, writing = await loop.connect_write_pipe(
+            asyncio.streams.FlowControlMixin, to_agent
+        )
+        return cls(reader, asyncio.StreamWriter(outgoing, writing, None, loop), incoming)
 
     async def read(self) -> bytes:
         data = await self._reader.read(1 << 18)
@@ -45,6 +63,8 @@ class PipeLink:
     def abort(self) -> None:
         if not self._writer.is_closing():  # aborting twice is an error of a pipe's transport
             self._writer.transport.abort()
+        if self._incoming is not None:
+            self._incoming.close()
 
     def break_with(self, error: Exception) -> None:
         self.failure = error
@@ -52,14 +72,9 @@ class PipeLink:
 
 
 async def open_pipes(process: subprocess.Popen[bytes]) -> PipeLink:
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=MIB)
-    protocol = asyncio.StreamReaderProtocol(reader)
-    await loop.connect_read_pipe(lambda: protocol, process.stdout)
-    transport, writing = await loop.connect_write_pipe(
-        asyncio.streams.FlowControlMixin, process.stdin
-    )
-    return PipeLink(reader, asyncio.StreamWriter(transport, writing, None, loop))
+    assert process.stdout is not None
+    assert process.stdin is not None
+    return await PipeLink.over(process.stdout, process.stdin)
 
 
 @contextlib.asynccontextmanager

@@ -107,8 +107,8 @@ def test_much_of_everything_at_once(converse: Converse):
             assert await finish(process) == (b"%d\n" % i, b"")
 
     async def conversation(channel: AgentChannel) -> None:
-        content = os.urandom(4 * MIB)
-        await asyncio.gather(*[echo(channel, content) for _ in range(4)], small(channel))
+        content = os.urandom(2 * MIB)
+        await asyncio.gather(*[echo(channel, content) for _ in range(3)], small(channel))
 
     converse(conversation)
 
@@ -197,7 +197,7 @@ def test_an_exec_that_is_cancelled_while_it_is_sent(shipped_agent: Path):
         link: list[Stuck] = []
 
         def stick(inner: PipeLink) -> Stuck:
-            link.append(Stuck(inner._reader, inner._writer))
+            link.append(Stuck(inner._reader, inner._writer, inner._incoming))
             return link[0]
 
         async with talking(shipped_agent, link=stick) as channel:

@@ -32,7 +32,6 @@ from ray_backend.sandbox.protocol import (
 )
 from tests.sandbox_agent.channel_harness import (
     DEADLINE_S,
-    MIB,
     PipeLink,
     finish,
     open_pipes,
@@ -253,17 +252,9 @@ def test_another_client_goes_on(shipped_agent: Path, tmp_path: Path):
     process = subprocess.Popen(["sh", "-c", shell, str(shipped_agent)])
 
     async def attach(*, resync: bool) -> AgentChannel:
-        loop = asyncio.get_running_loop()
         to_agent = await asyncio.to_thread(open, tmp_path / "in", "wb", 0)
         from_agent = await asyncio.to_thread(open, tmp_path / "out", "rb", 0)
-        reader = asyncio.StreamReader(limit=MIB)
-        protocol = asyncio.StreamReaderProtocol(reader)
-        await loop.connect_read_pipe(lambda: protocol, from_agent)
-        transport, writing = await loop.connect_write_pipe(
-            asyncio.streams.FlowControlMixin, to_agent
-        )
-        writer = asyncio.StreamWriter(transport, writing, None, loop)
-        return await AgentChannel.open(PipeLink(reader, writer), resync=resync)
+        return await AgentChannel.open(await PipeLink.over(from_agent, to_agent), resync=resync)
 
     async def main() -> None:
         channel = await attach(resync=False)
