@@ -90,9 +90,9 @@ def test_the_command_registers_lists_and_forgets(
 
     file = tmp_path / "cluster.yaml"
     file.write_text(FILE)
-    assert run("offers", "register", str(file))[:2] == (0, "registered: spot\n")
+    assert run("offers", "register", str(file))[:2] == (0, "registered spot\n")
     assert re.search(r"^  spot +not started ", run("offers")[1], re.MULTILINE)
-    assert run("offers", "unregister", "spot")[:2] == (0, "unregistered: spot\n")
+    assert run("offers", "unregister", "spot")[:2] == (0, "unregistered spot\n")
     status, _, error = run("offers", "unregister", "spot")
     assert status == 1
     assert "registered are none" in error
