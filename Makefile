@@ -18,7 +18,7 @@ export PYTHON
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 PY := $(VENV)/bin/python
-SETUP := pyproject.toml requirements-dev.lock apothic/_version.py scripts/venv.sh
+SETUP := $(wildcard ray_backend/sandbox/agent/*.[ch]) hatch_build.py pyproject.toml requirements-dev.lock apothic/_version.py scripts/venv.sh
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

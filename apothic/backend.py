@@ -97,6 +97,10 @@ class ItemStream(ABC):
     def close(self) -> None:
         """Stop the producer, so that its ``finally`` blocks run; idempotent."""
 
+    def abandon(self) -> None:
+        """Stop the producer as `close` does, but never wait for it."""
+        self.close()
+
 
 class InstanceRef(ABC):
     """One live instance as an engine reaches it."""

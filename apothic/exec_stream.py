@@ -68,7 +68,7 @@ class SandboxExecStream(Iterator[SandboxStreamEvent]):
             item = await self._stream.anext_item()
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):
-                self._stream.close()
+                self._stream.abandon()  # waiting would hold up the event loop
             self._end()
             raise
         return self._event(item)
@@ -101,9 +101,10 @@ class SandboxExecStream(Iterator[SandboxStreamEvent]):
         await self.aclose()
 
     def __del__(self) -> None:
-        """Close it."""
+        """Close it, without waiting: a collection may come at any time, on any thread."""
         if not getattr(self, "_ended", True):
-            self.close()
+            self._end()
+            self._stream.abandon()
 
     def _end(self) -> None:
         if not self._ended:

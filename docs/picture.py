@@ -15,7 +15,7 @@ STYLE = """text { font: 14px ui-monospace, "DejaVu Sans Mono", Menlo, monospace 
 
 
 def draw(lines: list[str]) -> str:
-    """Give the SVG of some lines: later ones without indent are titles, ``|`` begins a traceback."""
+    """Give the SVG of some lines: unindented ones are titles, ``|`` begins a traceback."""
     width = max(map(len, lines)) * CHARACTER_PX + 2 * MARGIN_PX
     height = len(lines) * LINE_PX + 2 * MARGIN_PX
     parts = [

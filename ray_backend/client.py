@@ -520,7 +520,8 @@ class RayClient(ControlPlaneClient):
 
 
 def _connection_identity() -> str:
-    return str(ray.get_runtime_context().get_worker_id())
+    # A driver's worker id follows from its job's number, which begins anew on each cluster.
+    return f"{ray.get_runtime_context().get_worker_id()} {ray_api.session_name()}"
 
 
 def _close_before_shutdown(close: Callable[[], None]) -> None:

@@ -39,6 +39,7 @@ def dockerfile_of(image: Image, *, complete: bool = False) -> str:
         InvalidOptionError: when ``complete`` and a variable holds a line break, which no Dockerfile
             can say.
     """
+    shell = ["/bin/sh", "-c"]
     lines = [] if _own_from(image) is not None else [f"FROM {base_of(image)}"]
     for step in image.steps:
         if step.kind == "apt":
@@ -48,9 +49,10 @@ def dockerfile_of(image: Image, *, complete: bool = False) -> str:
                 f"&& rm -rf /var/lib/apt/lists/*"
             )
         elif step.kind == "run":
-            lines.extend(f"RUN {command}" for command in step.values)
+            lines.extend(_run(command, shell) for command in step.values)
         elif step.kind == "shell":
-            lines.append(f"SHELL {json.dumps(step.values[0].split())}")
+            shell = step.values[0].split()
+            lines.append(f"SHELL {json.dumps(shell)}")
         elif step.kind == "pip":
             lines.append(f"RUN pip install --no-cache-dir {_quoted(step.values)}")
         elif step.kind == "uv":
@@ -94,6 +96,11 @@ def _complete_step(image: Image, step: ImageStep) -> Iterable[str]:
             yield f'ENV PYTHONPATH="{_PYTHON_DIRECTORY}${{PYTHONPATH:+:$PYTHONPATH}}"'
         paths = [f"{CONTEXT_DIRECTORY}/{step.digest}", _unexpanded(remote)]
         yield f"COPY {json.dumps(paths)}"
+
+
+def _run(command: str, shell: list[str]) -> str:
+    """Give the instruction; a command of several lines must not end at the first one."""
+    return f"RUN {json.dumps([*shell, command])}" if "\n" in command else f"RUN {command}"
 
 
 def _quoted(words: Iterable[str]) -> str:

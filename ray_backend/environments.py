@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import shutil
+import socket
+import subprocess
 import sys
+import tarfile
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +16,8 @@ import ray
 
 from apothic.errors import EnvironmentSetupError
 from apothic.image import Image
-from ray_backend.dockerfile import dockerfile_of
+from ray_backend.registry import Registry
+from ray_backend.sandbox.engine.context import DOCKERFILE, recipe_digest, write_context
 
 __all__ = ["Environment", "compile_image"]
 
@@ -40,14 +45,14 @@ def compile_image(
     image: Image | None,
     *,
     missing: Callable[[Sequence[str]], list[str]] | None = None,
-    build: Callable[[str], str] | None = None,
+    build: Callable[[Image], str] | None = None,
 ) -> Environment:
     """Turn a recipe into what Ray needs.
 
     Args:
         image: the recipe, its files packed.
         missing: gives those requirements that the nodes' environment does not satisfy.
-        build: builds a Dockerfile on the nodes and gives the image's reference.
+        build: builds a recipe on the nodes and gives the image's reference.
 
     Raises:
         EnvironmentSetupError: when a node lacks what a container needs.
@@ -73,7 +78,7 @@ def compile_image(
     if env:
         runtime_env["env_vars"] = env
     if image.needs_container:
-        runtime_env["image_uri"] = image.base if image.prebuilt else build(dockerfile_of(image))
+        runtime_env["image_uri"] = image.base if image.prebuilt else build(image)
     else:
         _check_python(image.python_version)
         for kind, wanted in packages.items():
@@ -107,10 +112,10 @@ def missing_on_node(requirements: Sequence[str]) -> list[str]:
     return found
 
 
-def build_on_node(dockerfile: str) -> str:
+def build_on_node(image: Image) -> str:
     """Build an image with podman on a node, once per node; Ray runs containers with it."""
-    tag = "localhost/apothic:" + hashlib.sha256(dockerfile.encode()).hexdigest()[:32]
-    problem = ray.get(_podman_build.remote(dockerfile, tag))
+    tag = "localhost/apothic:" + recipe_digest(image)[:32]
+    problem = ray.get(_podman_build.remote(image.model_dump_json(), tag))
     if problem is not None:
         raise EnvironmentSetupError(problem)
     return tag
@@ -137,12 +142,8 @@ def _missing(requirements: list[str]) -> list[str]:
     return lacking
 
 
-def _build(dockerfile: str, tag: str) -> str | None:
+def _build(recipe: str, tag: str) -> str | None:
     """Build unless present; give what is wrong, or None."""
-    import shutil
-    import socket
-    import subprocess
-
     node = socket.gethostname()
     if shutil.which("podman") is None:
         return (
@@ -153,13 +154,24 @@ def _build(dockerfile: str, tag: str) -> str | None:
         )
     if subprocess.run(["podman", "image", "exists", tag], check=False).returncode == 0:
         return None
-    built = subprocess.run(
-        ["podman", "build", "-t", tag, "-f", "-", "."],
-        input=dockerfile,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    image, registry = Image.model_validate_json(recipe), Registry()
+
+    def fetch(digest: str) -> bytes:
+        content = registry.get_blob(digest)
+        assert content is not None  # stored before anything that names it
+        return content
+
+    with tempfile.TemporaryFile() as packed, tempfile.TemporaryDirectory() as directory:
+        write_context(image, "", fetch, packed)
+        packed.seek(0)
+        with tarfile.open(fileobj=packed) as context:
+            context.extractall(directory, filter="data")
+        built = subprocess.run(
+            ["podman", "build", "-t", tag, "-f", f"{directory}/{DOCKERFILE}", directory],
+            text=True,
+            capture_output=True,
+            check=False,
+        )
     if built.returncode == 0:
         return None
     return f"node {node} could not build the image:\n{(built.stdout + built.stderr)[-2000:]}"

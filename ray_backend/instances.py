@@ -135,6 +135,11 @@ class RayInstance(InstanceRef):
         self.placement = placement
         self._submitters.clear()
 
+    def runs_version(self, spec_digest: str) -> None:
+        """Note which version of its class an instance runs: one that was found may run an older one."""
+        if spec_digest != self._handle.spec_digest:
+            self._handle = self._handle.model_copy(update={"spec_digest": spec_digest})
+
     def wait_ready(self) -> None:
         """Wait for ``enter``; a failure is raised here, and nothing is left behind."""
         if not self._ready:

@@ -13,6 +13,7 @@ from apothic.errors import BackendError
 from apothic.values import CloseReport, HookResult
 from ray_backend.manager import Manager
 from ray_backend.names import MANAGER_NAME, NAMESPACE
+from ray_backend.translate import missing_package
 
 __all__ = ["ManagerLink"]
 
@@ -30,13 +31,20 @@ class ManagerLink:
 
         Raises:
             BackendError: when it does not come back.
+            EnvironmentSetupError: when the nodes do not have this package.
         """
         for attempt in range(3):
+            actor = self.actor()
             try:
-                return ray.get(question(self.actor()))
+                return ray.get(question(actor))
             except rays.RayActorError as error:
                 with self._lock:
                     self._actor = None
+                lacking = missing_package(error)
+                if lacking is not None:
+                    # Ray keeps an empty actor in its place, which would stand in others' way.
+                    ray.kill(actor)
+                    raise lacking from None
                 if attempt == 2:
                     raise BackendError(
                         f"the manager {MANAGER_NAME} does not answer: {error}. See its log in Ray's "

@@ -28,6 +28,7 @@ __all__ = [
     "ping_client_server",
     "restart_count",
     "session_directory",
+    "session_name",
 ]
 
 
@@ -184,6 +185,12 @@ def is_own_cluster() -> bool:
     """Tell whether this process started the cluster that it is connected to, so that both end."""
     node = _worker._global_node
     return node is not None and bool(node.is_head())
+
+
+def session_name() -> str:
+    """Name the cluster's session, unlike that of any other cluster; empty behind a proxy."""
+    node = _worker._global_node
+    return "" if node is None else str(node.session_name)
 
 
 def session_directory() -> Path:

@@ -115,6 +115,7 @@ def _wait_once(
     try:
         if request is None or request.reuse:
             status = watch.get(actor.apothic_status.remote())
+            instance.runs_version(status["spec_digest"])
             if request is not None:
                 _check_same_arguments(request, status, label)
             if status["state"] == "ready":

@@ -24,7 +24,14 @@ from apothic.errors import (
 )
 from ray_backend.actors.failure import RemoteFailure, decode_user_error
 
-__all__ = ["NEVER_SENT", "decode_failure", "failure_inside", "translate", "was_never_sent"]
+__all__ = [
+    "NEVER_SENT",
+    "decode_failure",
+    "failure_inside",
+    "missing_package",
+    "translate",
+    "was_never_sent",
+]
 
 NEVER_SENT = ("failed to connect to all addresses", "the actor is restarting")
 """Words of Ray, in lower case, for a call that did not reach the actor and can be sent again; one that
@@ -126,6 +133,20 @@ def translate(
     return BackendError(f"{label}: Ray failed: {type(error).__name__}: {_first_line(error)}")
 
 
+def missing_package(error: BaseException) -> EnvironmentSetupError | None:
+    """Give the error for actors that did not start since their nodes lack this package, or None."""
+    text = str(error)
+    found = re.search(r"No module named '([^']+)'", text)
+    # Ray puts this class in the place of one that it could not load.
+    if found is None and "_create_fake_actor_class" not in text:
+        return None
+    return EnvironmentSetupError(
+        f"the nodes of this cluster lack {found[1] if found else 'this package'!r}, without which no "
+        f"instance starts there. Install it on them (pip install apothic-ray), or bring it with the "
+        f'job: runtime_env={{"py_modules": ["apothic", "ray_backend"]}} of `ray job submit` or ray.init.'
+    )
+
+
 def _translate_loss(
     error: rays.RayError, label: str, take_timeout: Callable[[], str | None]
 ) -> ApothicError:
@@ -134,6 +155,9 @@ def _translate_loss(
         timeout = FunctionTimeoutError(timeout_text)
         timeout.state_lost = True
         return timeout
+    lacking = missing_package(error)
+    if lacking is not None:
+        return lacking
     text = str(error)
     if isinstance(error, rays.RuntimeEnvSetupError) or "runtime env" in text.lower():
         return EnvironmentSetupError(

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import eventually, processes_of_run
+from tests.docker_engine import docker_engine
+from tests.support import RUN_VARIABLE, eventually, processes_of_run
+
+__all__ = ["docker_engine"]
 
 # Ray's token would have to be handed to each driver process; tests of it set it up themselves.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -17,10 +20,6 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 # The suites are no test modules themselves; their assertions are to tell as much.
 pytest.register_assert_rewrite("tests.conformance")
-
-
-RUN_VARIABLE = "APOTHIC_TEST_RUN"
-"""Every process that a test starts, however far down, has it in its environment."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,7 +35,10 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ[RUN_VARIABLE] = run
     os.environ["APOTHIC_VOLUME_ROOT"] = str(root)
     yield
-    eventually(lambda: not processes_of_run(RUN_VARIABLE, run))
+    try:
+        eventually(lambda: not processes_of_run(RUN_VARIABLE, run))
+    except AssertionError:
+        raise AssertionError(f"left: {processes_of_run(RUN_VARIABLE, run)}") from None
     left = list(Path(root, "volumes").glob("*"))
     assert left == []
 

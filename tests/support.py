@@ -13,6 +13,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+RUN_VARIABLE = "APOTHIC_TEST_RUN"
+"""Every process that a test starts, however far down, has it in its environment."""
+
 LOGGED_CLASS = """
 import os, sys, threading, time
 from apothic import App, Cls, enter, exit, method

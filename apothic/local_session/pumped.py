@@ -103,13 +103,17 @@ class PumpedStream(ItemStream):
 
     @override
     def close(self) -> None:
+        self.abandon()
         # At the end of the process no other thread runs any more: waiting for one would never end.
+        if not (sys.is_finalizing() or self._loop.is_closed() or self._is_on_loop()):
+            self._over.wait()
+
+    @override
+    def abandon(self) -> None:
         if self._over.is_set() or sys.is_finalizing():
             return
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self.cancel)
-            if not self._is_on_loop():
-                self._over.wait()
 
     def _is_on_loop(self) -> bool:
         """Tell whether this is the loop's own thread, where a collection may come at any time."""

@@ -53,6 +53,7 @@ class SandboxActor:
         self._registry = Registry()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: dict[str, asyncio.Task[Any]] = {}
+        self._ended: dict[str, asyncio.Event] = {}
         self._gates: dict[str, AsyncStreamGate] = {}
         self._cancelled: dict[str, None] = {}
         self._me = context.current_actor
@@ -93,9 +94,10 @@ class SandboxActor:
         }
 
     async def apothic_cancel(self, task_id: str) -> None:
-        """End a verb that waits or runs, with what it has started."""
+        """End a verb that waits or runs, with what it has started; return when it has ended."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._cancel, task_id)
+            cancelling = asyncio.run_coroutine_threadsafe(self._cancel(task_id), self._loop)
+            await asyncio.wrap_future(cancelling)
 
     async def apothic_confirm(self, task_id: str, count: int) -> None:
         """Take note that a stream's consumer has ``count`` more items."""
@@ -111,7 +113,7 @@ class SandboxActor:
         except asyncio.CancelledError:
             raise self._cancelled_error() from None
         finally:
-            del self._running[task_id]
+            self._leave(task_id)
 
     async def _stream(
         self, verb: str, args: tuple[Any, ...], consumer: str
@@ -133,7 +135,8 @@ class SandboxActor:
         except asyncio.CancelledError:
             raise self._cancelled_error() from None
         finally:
-            del self._running[task_id], self._gates[task_id]
+            del self._gates[task_id]
+            self._leave(task_id)
 
     async def _core(self) -> Any:
         self._loop = asyncio.get_running_loop()
@@ -145,15 +148,21 @@ class SandboxActor:
             del self._cancelled[task_id]
             raise self._cancelled_error()
         self._running[task_id] = _current_task()
+        self._ended[task_id] = asyncio.Event()
         return task_id
 
-    def _cancel(self, task_id: str) -> None:
+    def _leave(self, task_id: str) -> None:
+        del self._running[task_id]
+        self._ended.pop(task_id).set()
+
+    async def _cancel(self, task_id: str) -> None:
         gate = self._gates.get(task_id)
         if gate is not None:
             gate.shut()
         task = self._running.get(task_id)
         if task is not None:
             task.cancel()
+            await self._ended[task_id].wait()
             return
         # It has not come yet, or has ended.
         self._cancelled[task_id] = None

@@ -223,8 +223,8 @@ class AgentWorkspace(Workspace):
     def unwatched(self) -> SandboxLostError:
         """Give the error for a program whose watcher was killed."""
         return SandboxLostError(
-            f"{self._label}: the process that watches over a program was killed from inside or for "
-            f"lack of memory: how the program ended is not known, and nothing of it is alive."
+            f"{self._label}: the process that watches over a program was killed from inside: "
+            f"how the program ended is not known, and nothing of it is alive."
         )
 
 
@@ -236,6 +236,7 @@ class _AgentProgram(Process):
     ) -> None:
         self._workspace = workspace
         self._process = process
+        self._killed = False
         self._feeding: asyncio.Task[None] | None = None
         if stdin is not None:
             self._feeding = asyncio.create_task(self._feed(stdin))
@@ -259,7 +260,8 @@ class _AgentProgram(Process):
             return _KINDS[piece[0]], piece[1]
         self.detach()
         exited = self._process.exited
-        if exited is None or exited.lost:
+        # What was killed by us or for lack of memory has ended so, whoever watched it.
+        if exited is None or (exited.lost and not self._killed and not exited.out_of_memory):
             raise self._workspace.unwatched()
         return None
 
@@ -272,6 +274,7 @@ class _AgentProgram(Process):
 
     @override
     async def kill(self, grace_s: float, *, discard_output: bool = False) -> None:
+        self._killed = True
         with contextlib.suppress(ChannelClosedError):  # with the agent everything else has died
             await self._process.kill(grace_s, discard_output=discard_output)
 

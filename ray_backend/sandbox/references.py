@@ -38,6 +38,9 @@ __all__ = ["RaySandbox", "session_actor_name"]
 RESTART_S = 60.0
 """Seconds to wait for a named session's process to come back before a verb fails."""
 
+CLOSE_WAIT_S = 30.0
+"""Seconds that closing a stream waits for its program to be dead; the session goes on killing it."""
+
 _RETRY_STEP_S = 0.05
 
 
@@ -165,10 +168,12 @@ class RaySandbox(SandboxRef):
         self._actor, self._handle, self.placement = other._actor, other._handle, other.placement
         self._closed = False
 
-    def cancel(self, task_id: str) -> None:
-        """End a verb, wherever it is."""
+    def cancel(self, task_id: str, wait_s: float = 0.0) -> None:
+        """End a verb, wherever it is; wait up to ``wait_s`` until nothing of it is alive."""
         with contextlib.suppress(rays.RayError):
-            self._actor.apothic_cancel.remote(task_id)
+            ended = self._actor.apothic_cancel.remote(task_id)
+            if wait_s:
+                ray.get(ended, timeout=wait_s)
 
     def error_of(self, error: BaseException, waited_s: float | None = None) -> BaseException:
         """Give our error for what a verb raised; one of ours that was raised inside as itself."""
@@ -353,11 +358,18 @@ class RaySandboxStream(ItemStream):
     @override
     def close(self) -> None:
         """Stop the producer, also one that waits for its consumer; Ray does not do so by itself."""
+        self._stop(CLOSE_WAIT_S)
+
+    @override
+    def abandon(self) -> None:
+        self._stop(0.0)
+
+    def _stop(self, wait_s: float) -> None:
         if self._open:
             self._open = False
-            self._session.cancel(self._task_id)
+            self._session.cancel(self._task_id, wait_s)
 
     def __del__(self) -> None:
         """Stop what nobody reads any more."""
         with contextlib.suppress(Exception):
-            self.close()
+            self.abandon()

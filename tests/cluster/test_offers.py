@@ -90,9 +90,12 @@ def test_the_command_registers_lists_and_forgets(
 
     file = tmp_path / "cluster.yaml"
     file.write_text(FILE)
-    assert run("offers", "register", str(file))[:2] == (0, "registered: spot\n")
+    # Ray may tell of nodes that died meanwhile on the same output.
+    status, text, _ = run("offers", "register", str(file))
+    assert (status, "registered spot\n" in text) == (0, True)
     assert re.search(r"^  spot +not started ", run("offers")[1], re.MULTILINE)
-    assert run("offers", "unregister", "spot")[:2] == (0, "unregistered: spot\n")
+    status, text, _ = run("offers", "unregister", "spot")
+    assert (status, "unregistered spot\n" in text) == (0, True)
     status, _, error = run("offers", "unregister", "spot")
     assert status == 1
     assert "registered are none" in error

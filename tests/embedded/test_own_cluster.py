@@ -55,3 +55,21 @@ def test_it_says_so_on_standard_error(tmp_path: Path) -> None:
         _, err = driver.communicate(timeout=60)
     assert driver.returncode == 0
     assert err.count("apothic: no Ray cluster was named") == 1
+
+
+SECOND = """
+import ray
+for number in range(2):
+    with Logged.new(LOG) as fresh:
+        assert fresh.pid.remote() == Logged.attach(fresh.handle).pid.remote()
+    Logged.named("n", LOG).pid.remote()
+    ray.shutdown()
+print("TWICE")
+"""
+
+
+def test_a_process_may_have_one_cluster_after_another(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with running(start_driver(tmp_path, SECOND, log)) as driver:
+        assert "TWICE" in finish(driver)
+    assert words(log).count("init") == words(log).count(LIFE[-1]) == 4

@@ -233,3 +233,8 @@ print("new", fresh.add.remote(1))
         env=head.env(RAY_ADDRESS=head.address),
     )
     assert left.stdout == "[]\n", left.stdout + left.stderr
+
+
+def test_base_url_goes_before_ray_address(head: Head) -> None:
+    env = head.env(RAY_ADDRESS="127.0.0.1:9")
+    assert attempt(head, head.address, env=env)[0] == "connected"

@@ -64,3 +64,35 @@ def test_two_jobs_share_a_named_instance(head: Head, tmp_path: Path) -> None:
     )
     assert "no instance 'shared' lives on this cluster" in third.stderr
     assert third.returncode == 1
+
+
+def test_a_cluster_without_the_package_says_so(head: Head) -> None:
+    """A program beside the cluster brings no package along; the error names it, within seconds."""
+    code = """
+import sys, time
+sys.path[:] = [each for each in sys.path if each]  # Ray hands the current directory to its workers
+from apothic import App, method
+from apothic.errors import ApothicError
+
+app = App("bare")
+
+@app.cls(cpu=0, memory_mb=50)
+class Echo:
+    @method()
+    def echo(self, word):
+        return word
+
+began = time.monotonic()
+try:
+    print(Echo.new().echo.remote("came back"))
+except ApothicError as error:
+    print(f"{type(error).__name__}: {error}")
+print(f"AFTER {time.monotonic() - began:.1f} s")
+"""
+    done = head.run(code)
+    assert done.returncode == 0, done.stderr
+    assert "EnvironmentSetupError: the nodes of this cluster lack 'ray_backend'" in done.stdout
+    assert "runtime_env=" in done.stdout
+    found = re.search(r"AFTER ([0-9.]+) s", done.stdout)
+    assert found is not None
+    assert float(found[1]) < 30

@@ -110,9 +110,11 @@ def test_seats_tell_who_queues_who_sits_and_who_cannot_be_placed(ray_cluster: st
     assert seat.runtime_env["env_vars"] == environment["env_vars"]
     queuing = Plain.options(num_cpus=8).remote()
     key = queuing._actor_id.hex()
-    eventually(lambda: ray_api.actor_seats("PENDING_CREATION")[0].node_id == node_id)
-    waits = ray_api.actor_seat(key)
-    assert waits is not None
+    eventually(
+        lambda: [each.node_id for each in ray_api.actor_seats("PENDING_CREATION")] == [node_id]
+    )
+    waits = eventually(lambda: ray_api.actor_seat(key))
+    assert waits in ray_api.actor_seats("PENDING_CREATION")
     assert waits.waits
     ray.kill(queuing)  # one without a process goes at once
     eventually(lambda: (ray_api.actor_seat(key) or waits).state == "DEAD")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apothic import Cls
+from apothic import App, Cls, method
 from tests.support import (
     eventually,
     finish,
@@ -97,3 +97,24 @@ def test_an_instance_that_is_passed_along_is_the_same(ray_cluster: str, tmp_path
         assert "SAME" in finish(driver)
     assert words(log)[-1] == "exit-three"
     assert os.path.exists(log)
+
+
+def test_the_handle_names_the_version_that_runs(ray_cluster: str) -> None:
+    def make(tag: str) -> Cls:
+        app = App("versions")
+
+        @app.cls(cpu=0, memory_mb=10, tags=[tag])
+        class Versioned:
+            @method()
+            def one(self) -> int:
+                return 1
+
+        return Versioned  # type: ignore[return-value]  # mypy ignores class decorators
+
+    old, new = make("old"), make("new")
+    first = old.named("v")
+    found = new.named("v")
+    assert old.spec.digest != new.spec.digest
+    assert found.handle.spec_digest == first.handle.spec_digest == old.spec.digest
+    assert found.inspect().tags == ("old",)
+    first.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from apothic.errors import (
     SecretNotFoundError,
     VolumeNotFoundError,
 )
-from ray_backend import ray_api
+from ray_backend import environments, ray_api
 from ray_backend.registry import Registry
 
 pytestmark = pytest.mark.ray
@@ -277,9 +278,37 @@ def test_package_that_does_not_exist(ray_cluster: str) -> None:
         probe_class("no-such-package", image=image).new()
 
 
-def test_container_step_says_what_the_node_lacks(ray_cluster: str) -> None:
-    with pytest.raises(EnvironmentSetupError, match="no podman"):
-        probe_class("container", image=Image.debian_slim().apt_install("git")).new()
+def test_container_step_says_what_the_node_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    problem = environments._build(Image.debian_slim().apt_install("git").model_dump_json(), "x")
+    assert problem is not None
+    assert "has no podman" in problem
+    assert "apt-get install podman" in problem
+
+
+@pytest.mark.skipif(shutil.which("podman") is None, reason="containers of classes need podman")
+def test_container_is_built_with_its_context(ray_cluster: str, tmp_path: Path) -> None:
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "hello.txt").write_text("hello")
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY hello.txt /there/hello.txt\n")
+    recipe = Image.from_dockerfile(tmp_path / "Dockerfile", context_dir=tmp_path / "context")
+    image, blobs = recipe.pack()
+    for digest, content in blobs.items():
+        Registry().put_blob(digest, content)
+    tag = environments.build_on_node(image)
+    try:
+        assert environments.build_on_node(image) == tag  # it is there already
+        made = subprocess.run(
+            ["podman", "create", tag, "x"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        subprocess.run(["podman", "cp", f"{made}:/there/hello.txt", str(tmp_path)], check=True)
+        subprocess.run(["podman", "rm", made], capture_output=True, check=True)
+        assert (tmp_path / "hello.txt").read_text() == "hello"
+    finally:
+        subprocess.run(["podman", "rmi", "-f", tag], capture_output=True, check=False)
+    failing, _ = Image.from_registry("localhost/none/such").run_commands("true").pack()
+    with pytest.raises(EnvironmentSetupError, match="could not build the image"):
+        environments.build_on_node(failing)
 
 
 def test_another_python_is_refused(ray_cluster: str) -> None:

@@ -170,6 +170,7 @@ class DirectRef(SandboxRef):
             running_calls=status["running"],
             finished_calls=status["finished"],
             arguments_digest=status["arguments_digest"],
+            container_id=status["container_id"],
         )
 
     @override

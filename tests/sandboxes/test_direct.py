@@ -18,6 +18,7 @@ from tests.conformance.sandboxes.sessions import SessionConformance, SharedSessi
 from tests.conformance.sandboxes.volumes_of_data import DataConformance
 from tests.docker.support import left_of
 from tests.sandboxes.direct import DirectEngine
+from tests.sandboxes.inside import ContainerConformance
 
 __all__ = ["marked"]
 
@@ -63,4 +64,8 @@ class TestDirectSessions(Direct, SessionConformance, SharedSessionConformance):
 
 
 class TestDirectData(Direct, DataConformance):
+    pass
+
+
+class TestDirectContainers(Direct, ContainerConformance):
     pass

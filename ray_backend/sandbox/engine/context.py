@@ -14,9 +14,10 @@ from apothic.values import digest_of
 from ray_backend.dockerfile import CONTEXT_DIRECTORY, dockerfile_of, is_build_context
 from ray_backend.sandbox.engine.labels import BASE, BUILD, BUILD_UNFINISHED
 
-__all__ = ["recipe_digest", "write_context"]
+__all__ = ["DOCKERFILE", "recipe_digest", "write_context"]
 
 DOCKERFILE = f"{CONTEXT_DIRECTORY}/Dockerfile"
+"""Where in the archive the Dockerfile is."""
 _FROM_LINE = re.compile(r"^[ \t]*FROM[ \t].*[^\\\s][ \t]*$", re.IGNORECASE)
 
 

@@ -1,0 +1,60 @@
+"""What only containers show, whichever way their session is reached."""
+
+from __future__ import annotations
+
+import pytest
+
+from apothic import SandboxSession
+from apothic.errors import ExecTimeoutError, SandboxLostError
+from ray_backend.sandbox.engine.connection import Engine
+from tests.conformance.sandboxes.base import SandboxSuite
+
+
+class ContainerConformance(SandboxSuite):
+    def test_a_fork_loop_is_ended_within_the_limit_of_processes(
+        self, session: SandboxSession, python: str
+    ) -> None:
+        loop = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
+        with pytest.raises(ExecTimeoutError):
+            session.exec([python, "-c", loop], timeout_s=2)
+        left = session.exec("ls -d /proc/[0-9]* | wc -l", shell=True).check()
+        assert int(left.stdout) < 10
+
+    def test_running_out_of_memory_is_said_and_the_session_goes_on(
+        self, session: SandboxSession, python: str
+    ) -> None:
+        result = session.exec([python, "-c", "b = bytearray(10**9)\nprint(len(b))"])
+        assert result.returncode == 137
+        assert result.oom_killed
+        assert session.exec("echo on", shell=True).stdout == "on\n"
+
+    def test_a_container_that_is_killed_is_lost(
+        self, session: SandboxSession, docker_engine: Engine
+    ) -> None:
+        docker_engine.kill(session.inspect().container_id or "")
+        with pytest.raises(SandboxLostError, match="killed or removed from outside"):
+            session.exec("true")
+
+    def test_nothing_is_reached_from_inside(self, session: SandboxSession, python: str) -> None:
+        script = """
+import os, socket
+for path in ("/var/run/docker.sock", "/proc/1/mem", "/proc/1/fd/0", "/.apothic/agent"):
+    try:
+        open(path, "r+b").close()
+        print("OPENED", path)
+    except OSError:
+        pass
+for address in (("172.17.0.1", 22), ("10.0.0.1", 80), ("1.1.1.1", 53)):
+    try:
+        socket.create_connection(address, timeout=1).close()
+        print("REACHED", address)
+    except OSError:
+        pass
+try:
+    os.kill(1, 9)
+except OSError:
+    pass
+print("END")
+"""
+        assert session.exec([python, "-c", script]).check().stdout == "END\n"
+        assert session.exec("echo on", shell=True).stdout == "on\n"
