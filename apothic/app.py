@@ -11,11 +11,11 @@ from apothic.backend import ControlPlaneClient, connect
 from apothic.cls import Cls
 from apothic.decorators import check_metadata, check_tags
 from apothic.definition import describe_class
+from apothic.entrypoints import Entrypoints
 from apothic.errors import (
     ConflictError,
     DefinitionError,
     InvalidOptionError,
-    NotFoundError,
 )
 from apothic.image import Image
 from apothic.names import check_name
@@ -57,7 +57,7 @@ class App:
         self._given_client = client
         self._classes: dict[str, Cls] = {}
         self._sandboxes: dict[str, Sandbox] = {}
-        self._entrypoints: dict[str, Callable[..., Any]] = {}
+        self._entrypoints = Entrypoints(self._name)
         self._deployment_id: str | None = None
 
     # -- properties ----------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class App:
     @property
     def local_entrypoints(self) -> dict[str, Callable[..., Any]]:
         """The local entry points by name."""
-        return dict(self._entrypoints)
+        return self._entrypoints.all
 
     # -- definitions ---------------------------------------------------------------------------
 
@@ -194,40 +194,7 @@ class App:
             DefinitionError: when the class cannot become a service.
             ConflictError: when the app has a class of this name.
         """
-        constraints = {
-            "gpu": gpu,
-            "gpu_count": gpu_count,
-            "min_vram_gb": min_vram_gb,
-            "geolocation": geolocation,
-            "offer_filters": offer_filters,
-            "max_cost_per_hour_usd": max_cost_per_hour_usd,
-            "max_cost_per_tflop_hour_usd": max_cost_per_tflop_hour_usd,
-            "min_total_flops": min_total_flops,
-            "min_gpu_ram_bandwidth_gbps": min_gpu_ram_bandwidth_gbps,
-            "min_cpu_cores": min_cpu_cores,
-            "min_cpu_ram_gb": min_cpu_ram_gb,
-            "min_cpu_ghz": min_cpu_ghz,
-            "min_disk_bandwidth_mb_s": min_disk_bandwidth_mb_s,
-            "min_internet_upload_mbps": min_internet_upload_mbps,
-            "min_internet_download_mbps": min_internet_download_mbps,
-            "secure_cloud_only": secure_cloud_only,
-            "disk_gb": disk_gb,
-        }
-        options = ClassOptions.check(
-            constraints=constraints,
-            cpu=cpu,
-            memory_mb=memory_mb,
-            timeout_s=timeout_s,
-            retries=retries,
-            max_retries=max_retries,
-            concurrent_requests=concurrent_requests,
-            max_pending_tasks=max_pending_tasks,
-            max_containers=max_containers,
-            tasks_per_container=tasks_per_container,
-            image=image,
-            secrets=secrets,
-            volumes=volumes,
-        )
+        options = ClassOptions.of_arguments(locals())
         if name is not None:
             check_name("class", name)
         checked_tags, checked_metadata = check_tags(tags), check_metadata(metadata)
@@ -363,40 +330,7 @@ class App:
             InvalidOptionError: naming the option, the value, the rule and the remedy.
             ConflictError: when the app has a sandbox of this name with other options, or a class.
         """
-        constraints = {
-            "gpu": gpu,
-            "gpu_count": gpu_count,
-            "min_vram_gb": min_vram_gb,
-            "geolocation": geolocation,
-            "offer_filters": offer_filters,
-            "max_cost_per_hour_usd": max_cost_per_hour_usd,
-            "max_cost_per_tflop_hour_usd": max_cost_per_tflop_hour_usd,
-            "min_total_flops": min_total_flops,
-            "min_gpu_ram_bandwidth_gbps": min_gpu_ram_bandwidth_gbps,
-            "min_cpu_cores": min_cpu_cores,
-            "min_cpu_ram_gb": min_cpu_ram_gb,
-            "min_cpu_ghz": min_cpu_ghz,
-            "min_disk_bandwidth_mb_s": min_disk_bandwidth_mb_s,
-            "min_internet_upload_mbps": min_internet_upload_mbps,
-            "min_internet_download_mbps": min_internet_download_mbps,
-            "secure_cloud_only": secure_cloud_only,
-            "disk_gb": disk_gb,
-        }
-        options = ClassOptions.check(
-            constraints=constraints,
-            cpu=cpu,
-            memory_mb=memory_mb,
-            timeout_s=timeout_s,
-            retries=retries,
-            max_retries=max_retries,
-            concurrent_requests=concurrent_requests,
-            max_pending_tasks=max_pending_tasks,
-            max_containers=max_containers,
-            tasks_per_container=tasks_per_container,
-            image=image,
-            secrets=secrets,
-            volumes=volumes,
-        )
+        options = ClassOptions.of_arguments(locals())
         made = Sandbox(
             app_name=self._name,
             name=check_name("sandbox", name),
@@ -429,25 +363,7 @@ class App:
             InvalidOptionError: when the name is not valid.
             ConflictError: when the app has an entry point of this name.
         """
-        if name is not None:
-            check_name("entry point", name)
-
-        def decorate(function: _F) -> _F:
-            if not callable(function):
-                raise DefinitionError(
-                    f"@app.local_entrypoint() stands on {function!r}, which cannot be called."
-                )
-            entry = check_name("entry point", name or function.__name__)
-            known = self._entrypoints.get(entry)
-            if known is not None and known.__qualname__ != function.__qualname__:
-                raise ConflictError(
-                    f"app {self._name!r} has an entry point {entry!r} already. Name one of them "
-                    f"with @app.local_entrypoint(name=…)."
-                )
-            self._entrypoints[entry] = function
-            return function
-
-        return decorate
+        return self._entrypoints.decorator(name)
 
     # -- look-up -------------------------------------------------------------------------------
 
@@ -488,19 +404,7 @@ class App:
         Raises:
             NotFoundError: when there is none of this name, or the name is needed.
         """
-        known = ", ".join(self._entrypoints) or "none"
-        if name is None:
-            if len(self._entrypoints) == 1:
-                return next(iter(self._entrypoints.values()))
-            raise NotFoundError(
-                f"app {self._name!r} has {len(self._entrypoints)} entry points ({known}): name the "
-                f"one that is meant."
-            )
-        if name not in self._entrypoints:
-            raise NotFoundError(
-                f"app {self._name!r} has no entry point {name!r}: it has {known}. Check the name."
-            )
-        return self._entrypoints[name]
+        return self._entrypoints.get(name)
 
     def __getattr__(self, name: str) -> Any:
         """Give a class or sandbox of this app as an attribute."""

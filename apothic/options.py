@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -75,6 +76,16 @@ class ClassOptions(BaseModel):
         )
 
     @classmethod
+    def of_arguments(cls, given: Mapping[str, Any]) -> ClassOptions:
+        """Check the arguments of `App.cls` or `App.sandbox`; others among them are passed over.
+
+        Raises:
+            InvalidOptionError: naming the option, its value, the rule and the remedy.
+        """
+        constraints = {name: given[name] for name in PlacementConstraints.model_fields}
+        return cls.check(constraints=constraints, **{name: given[name] for name in _ARGUMENTS})
+
+    @classmethod
     def check(
         cls,
         *,
@@ -136,6 +147,11 @@ class ClassOptions(BaseModel):
                 f"run. Raise max_pending_tasks or lower concurrent_requests."
             )
         return options
+
+
+_ARGUMENTS = tuple(
+    name for name in inspect.signature(ClassOptions.check).parameters if name != "constraints"
+)
 
 
 def _retry_policy(retries: int | Retries | None, max_retries: int) -> Retries:
