@@ -13,10 +13,11 @@ Only the process that made an instance moves it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import ray
@@ -187,8 +188,12 @@ class PlacementWatch(Generic[W]):
         self._queued_since: float | None = None
         self._moves = 0
 
-    def get(self, ref: Any) -> Any:
+    def get(self, ref: Any, meanwhile: Callable[[], None] | None = None) -> Any:
         """Get a first reply, but do not wait for ever for room.
+
+        Args:
+            ref: to the reply.
+            meanwhile: called now and then once there is room.
 
         Raises:
             MovedError: when the actor was replaced by one that asks for room elsewhere.
@@ -202,8 +207,13 @@ class PlacementWatch(Generic[W]):
                 return ray.get(ref, timeout=min(pause_s, left_s))
             except rays.GetTimeoutError:
                 if self.look():
-                    return ray.get(ref)
+                    break
             pause_s = min(pause_s * 1.5, _MAX_LOOK_S)
+        while meanwhile is not None:
+            meanwhile()
+            with contextlib.suppress(rays.GetTimeoutError):
+                return ray.get(ref, timeout=_LOOK_S)
+        return ray.get(ref)
 
     def look(self) -> bool:
         """Tell whether the instance has room and needs no more looks; move it if it queues in vain."""

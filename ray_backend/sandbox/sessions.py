@@ -31,6 +31,7 @@ from ray_backend.placement.live import ClusterView, Placement, place
 from ray_backend.readiness import STOPPING_WAIT_S, PlacementWatch
 from ray_backend.registry import Registry
 from ray_backend.sandbox.plan import SandboxPlan
+from ray_backend.sandbox.progress import Progress
 from ray_backend.sandbox.references import RaySandbox, session_actor_name
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Sandboxes:
         watch = PlacementWatch(self, session)
         while True:
             try:
-                watch.get(session.native.apothic_start.remote())
+                watch.get(session.native.apothic_start.remote(), Progress(session))
                 return
             except PlacementError:
                 self._give_up(session)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,3 +68,16 @@ class TestRayData(OnRay, DataConformance):
 
 class TestRayContainers(OnRay, ContainerConformance):
     pass
+
+
+class TestRayImages(OnRay):
+    def test_who_waits_for_a_build_is_told_what_it_does(
+        self, define: Callable[..., Sandbox], capfd: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        step = "i=0; while [ $i -lt 30 ]; do echo line-$i; i=$((i + 1)); sleep 0.1; done"
+        image = IMAGE.run_commands(f"{step}; echo {tmp_path} > /made")
+        with define(image=image).create() as session:
+            assert session.read_text("/made").strip() == str(tmp_path)
+        told = capfd.readouterr().err
+        assert "[apothic] conformance.s0" in told
+        assert "line-" in told

@@ -208,8 +208,9 @@ def _build(
                     found = _STEP.match(line)
                     step = found[1] if found else step
                     log.append(line)
-                    tell(line)
-                    if line.startswith("---> ") and re.fullmatch(r"[0-9a-f]{12}", line[5:]):
+                    if not line.startswith("---> "):
+                        tell(line)
+                    elif re.fullmatch(r"[0-9a-f]{12}", line[5:]):
                         last_image = line[5:]
                 if "error" in event:
                     if last_image:
