@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ import pytest
 from tests.jobs.head import Head, running_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+asks_for_tokens = pytest.mark.skipif(
+    tuple(map(int, metadata.version("ray").split(".")[:2])) < (2, 52),
+    reason="Ray knows tokens from 2.52 on",
+)
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "open-sesame-" * 4
@@ -69,6 +75,7 @@ def test_the_token_may_lie_in_a_file(head: Head) -> None:
     assert attempt(head, head.address, env=env)[0] == "connected"
 
 
+@asks_for_tokens
 @pytest.mark.parametrize("form", ["host:port", "ray://"])
 @pytest.mark.parametrize("token", ["wrong", None])
 def test_without_the_token(head: Head, form: str, token: str | None) -> None:
@@ -84,6 +91,7 @@ def test_without_the_token(head: Head, form: str, token: str | None) -> None:
     assert seconds < 15
 
 
+@asks_for_tokens
 def test_token_mode_without_a_token(head: Head) -> None:
     env = head.env(token=None, RAY_AUTH_MODE="token")
     said, _ = attempt(head, head.address, env=env)
