@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import codecs
 from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING
 
-from apothic.backend import ExecOutcome, ExecRequest
+from apothic.backend import ExecOutcome, ExecRequest, SandboxRef
+from apothic.exec_request import exec_result
 from apothic.sandbox_values import SandboxStreamEvent
+from apothic.session_calls import SessionCalls
 from apothic.twins import in_thread
-
-if TYPE_CHECKING:
-    from apothic.session import SandboxSession
 
 __all__ = ["SandboxExecStream"]
 
@@ -20,12 +18,20 @@ __all__ = ["SandboxExecStream"]
 class SandboxExecStream(Iterator[SandboxStreamEvent]):
     """The events of one `SandboxSession.exec_stream`; iterate with ``for`` or ``async for``."""
 
-    def __init__(self, session: SandboxSession, request: ExecRequest, stdin: bytes | None) -> None:
-        """Start the program."""
+    def __init__(
+        self,
+        ref: SandboxRef,
+        calls: SessionCalls,
+        request: ExecRequest,
+        stdin: bytes | None,
+        memory_mb: int | None,
+    ) -> None:
+        """Start the program; ``calls`` counts it as under way, ``memory_mb`` is for its result."""
         self._ended = True
-        self._session = session
+        self._calls = calls
         self._request = request
-        self._stream = session._ref.stream("exec_stream", request, stdin)
+        self._memory_mb = memory_mb
+        self._stream = ref.stream("exec_stream", request, stdin)
         self._ended = False
         self._channels = {
             "stdout": _Channel(request.max_output_bytes),
@@ -109,7 +115,7 @@ class SandboxExecStream(Iterator[SandboxStreamEvent]):
     def _end(self) -> None:
         if not self._ended:
             self._ended = True
-            self._session._leave()
+            self._calls.leave()
 
     def _event(self, item: tuple[str, bytes] | ExecOutcome) -> SandboxStreamEvent:
         if not isinstance(item, ExecOutcome):
@@ -119,7 +125,9 @@ class SandboxExecStream(Iterator[SandboxStreamEvent]):
         self._end()
         out, err = self._channels["stdout"], self._channels["stderr"]
         outcome = item._replace(stdout_truncated=out.truncated, stderr_truncated=err.truncated)
-        result = self._session._result(self._request, outcome, bytes(out.kept), bytes(err.kept))
+        result = exec_result(
+            self._request, outcome, bytes(out.kept), bytes(err.kept), self._memory_mb
+        )
         # A character that the program never finished.
         for kind, channel in self._channels.items():
             if rest := channel.rest():

@@ -5,38 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from apothic.backend import CallRef, ExecOutcome, ExecRequest, SandboxRef
+from apothic.backend import ExecOutcome, SandboxRef
 from apothic.errors import (
-    ExecTimeoutError,
     InvalidOptionError,
-    PendingTasksExceededError,
-    SandboxClosedError,
     SerializationError,
 )
+from apothic.exec_request import exec_request, exec_result
 from apothic.exec_stream import SandboxExecStream
-from apothic.options import check_count, check_seconds
 from apothic.sandbox_values import (
     SandboxExecResult,
     SandboxHandle,
     SandboxSessionInfo,
 )
-from apothic.session_arguments import (
-    argv_bytes,
-    env_bytes,
-    env_text,
-    find_codec,
-    input_bytes,
-    mode_for,
-    path_bytes,
-    to_text,
-    user_bytes,
-)
-from apothic.steps import END, Steps, awaited, verb
+from apothic.session_arguments import env_bytes, env_text, find_codec, mode_for, path_bytes, to_text
+from apothic.session_calls import PART_BYTES, SessionCalls
+from apothic.steps import Steps, awaited, verb
 from apothic.twins import Twin, twin
 from apothic.values import CloseReport
 
@@ -47,12 +34,6 @@ __all__ = ["MAX_OUTPUT_BYTES", "SandboxExecStream", "SandboxSession", "SandboxSe
 
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 """How much of each of an exec's streams is kept unless ``max_output_bytes`` says otherwise."""
-
-PART_BYTES = 4 * 1024 * 1024
-"""Files up to this size travel in one call, longer ones in parts of it."""
-
-PARTS_IN_FLIGHT = 3
-"""Parts that an upload sends ahead of their confirmation: 12 MiB at most."""
 
 METHOD_NAMES = (
     "inspect", "pwd", "get_env", "chdir", "update_env", "set_env", "unset_env", "exists", "listdir",
@@ -81,9 +62,11 @@ class SandboxSession:
         self._sandbox = sandbox
         self._ref = ref
         self._local = local
-        self._closed = False
-        self._pending = 0
-        self._lock = threading.Lock()
+        self._calls = SessionCalls(
+            ref,
+            label=f"{sandbox.label} {ref.handle.sandbox_id!r}",
+            max_pending=sandbox.options.max_pending_tasks,
+        )
 
     # -- properties ----------------------------------------------------------------------------
 
@@ -100,7 +83,7 @@ class SandboxSession:
     @property
     def closed(self) -> bool:
         """Whether this process closed it."""
-        return self._closed
+        return self._calls.closed
 
     @property
     def id(self) -> str:
@@ -140,7 +123,7 @@ class SandboxSession:
 
     def inspect(self) -> SandboxSessionInfo:
         """Ask how it is; answered also while verbs are running."""
-        self._check_open()
+        self._calls.check_open()
         return self._ref.inspect()
 
     # -- directory and variables -----------------------------------------------------------------
@@ -148,12 +131,12 @@ class SandboxSession:
     @verb
     def pwd(self) -> Steps[str]:
         """Give the working directory."""
-        return to_text((yield from self._ask("pwd")))
+        return to_text((yield from self._calls.ask("pwd")))
 
     @verb
     def get_env(self) -> Steps[dict[str, str]]:
         """Give the environment that an exec sees."""
-        return env_text((yield from self._ask("get_env")))
+        return env_text((yield from self._calls.ask("get_env")))
 
     @verb
     def chdir(self, path: str) -> Steps[str]:
@@ -166,7 +149,7 @@ class SandboxSession:
             SandboxFileNotFoundError: there is nothing at the path.
             SandboxNotADirectoryError: it is no directory.
         """
-        return to_text((yield from self._ask("chdir", path_bytes(path))))
+        return to_text((yield from self._calls.ask("chdir", path_bytes(path))))
 
     @verb
     def update_env(
@@ -185,7 +168,7 @@ class SandboxSession:
             InvalidOptionError: a name is no variable's, or a value holds a NUL.
         """
         changes = {**env_bytes(values), **env_bytes(kwargs)}
-        return env_text((yield from self._ask("update_env", changes)))
+        return env_text((yield from self._calls.ask("update_env", changes)))
 
     def set_env(self, **kwargs: Any) -> dict[str, str]:
         """Do what `update_env` does with keywords."""
@@ -199,14 +182,14 @@ class SandboxSession:
             The environment that an exec now sees.
         """
         changes = env_bytes(dict.fromkeys(names))
-        return env_text((yield from self._ask("update_env", changes)))
+        return env_text((yield from self._calls.ask("update_env", changes)))
 
     # -- files -----------------------------------------------------------------------------------
 
     @verb
     def exists(self, path: str = ".") -> Steps[bool]:
         """Tell whether something is at a path; a link that leads nowhere is nothing."""
-        found: bool = yield from self._ask("exists", path_bytes(path))
+        found: bool = yield from self._calls.ask("exists", path_bytes(path))
         return found
 
     @verb
@@ -217,7 +200,7 @@ class SandboxSession:
             SandboxFileNotFoundError: there is nothing at the path.
             SandboxNotADirectoryError: it is no directory.
         """
-        return [to_text(name) for name in (yield from self._ask("listdir", path_bytes(path)))]
+        return [to_text(name) for name in (yield from self._calls.ask("listdir", path_bytes(path)))]
 
     @verb
     def mkdir(self, path: str, *, parents: bool = True, exist_ok: bool = True) -> Steps[str]:
@@ -236,7 +219,7 @@ class SandboxSession:
             SandboxFileNotFoundError: a directory on the way is missing, without ``parents``.
         """
         return to_text(
-            (yield from self._ask("mkdir", path_bytes(path), bool(parents), bool(exist_ok)))
+            (yield from self._calls.ask("mkdir", path_bytes(path), bool(parents), bool(exist_ok)))
         )
 
     @verb
@@ -247,7 +230,7 @@ class SandboxSession:
             SandboxFileNotFoundError: there is nothing at the path.
             SandboxIsADirectoryError: it is a directory.
         """
-        return (yield from self._read(path))
+        return (yield from self._calls.read(path_bytes(path)))
 
     @verb
     def read_text(self, path: str, *, encoding: str = "utf-8") -> Steps[str]:
@@ -260,7 +243,7 @@ class SandboxSession:
             InvalidOptionError: there is no such encoding.
         """
         codec = find_codec(encoding)
-        return codec.decode((yield from self._read(path)))[0]
+        return codec.decode((yield from self._calls.read(path_bytes(path))))[0]
 
     @verb
     def write_bytes(
@@ -292,7 +275,7 @@ class SandboxSession:
                 f"content of type {type(content).__name__} is not valid: write_bytes takes bytes, "
                 f"bytearray or memoryview. Use write_text for text."
             )
-        return (yield from self._write(path, content, append, make_parents))
+        return (yield from self._calls.write(path_bytes(path), content, append, make_parents))
 
     @verb
     def write_text(
@@ -316,7 +299,7 @@ class SandboxSession:
                 f"Use write_bytes for bytes."
             )
         data = find_codec(encoding).encode(content)[0]
-        return (yield from self._write(path, data, append, make_parents))
+        return (yield from self._calls.write(path_bytes(path), data, append, make_parents))
 
     def upload_file(
         self, local_path: str | Path, remote_path: str, *, make_parents: bool = False
@@ -352,13 +335,13 @@ class SandboxSession:
 
     @verb
     def _write_whole(self, path: bytes, data: bytes, make_parents: bool) -> Steps[str]:
-        return to_text((yield from self._ask("write", path, data, False, bool(make_parents))))
+        return to_text((yield from self._calls.ask("write", path, data, False, bool(make_parents))))
 
     @verb
     def _upload(
         self, path: bytes, parts: Iterator[bytes], size: int, make_parents: bool
     ) -> Steps[str]:
-        return (yield from self._send_parts(path, parts, size, False, make_parents))
+        return (yield from self._calls.send_parts(path, parts, size, False, make_parents))
 
     def download_file(
         self, remote_path: str, local_path: str | Path, *, make_parents: bool = False
@@ -401,11 +384,11 @@ class SandboxSession:
 
     @verb
     def _download(self, path: bytes, write: Callable[[bytes], object]) -> Steps[None]:
-        data = yield from self._ask("read", path, PART_BYTES)
+        data = yield from self._calls.ask("read", path, PART_BYTES)
         if data is not None:
             write(data)
             return
-        yield from self._stream_to(path, write)
+        yield from self._calls.stream_to(path, write)
 
     # -- execs -----------------------------------------------------------------------------------
 
@@ -446,11 +429,12 @@ class SandboxSession:
                 left. (A missing program gives 127, one that is not executable 126.)
             InvalidOptionError: an argument breaks its rule.
         """
-        request, data = self._request(
-            command, shell, cwd, env, timeout_s, stdin, user, max_output_bytes
-        )
-        outcome: ExecOutcome = yield from self._ask("exec", request, data)
-        return self._result(request, outcome, outcome.stdout, outcome.stderr)
+        request, data = exec_request(
+            command, shell, cwd, env, timeout_s, stdin, user, max_output_bytes,
+            default_timeout_s=self._sandbox.options.timeout_s,
+        )  # fmt: skip
+        outcome: ExecOutcome = yield from self._calls.ask("exec", request, data)
+        return exec_result(request, outcome, outcome.stdout, outcome.stderr, self._memory_mb)
 
     def exec_stream(
         self,
@@ -482,25 +466,29 @@ class SandboxSession:
         Raises:
             InvalidOptionError: an argument breaks its rule.
         """
-        request, data = self._request(
-            command, shell, cwd, env, timeout_s, stdin, user, max_output_bytes
-        )
-        self._enter()
+        request, data = exec_request(
+            command, shell, cwd, env, timeout_s, stdin, user, max_output_bytes,
+            default_timeout_s=self._sandbox.options.timeout_s,
+        )  # fmt: skip
+        self._calls.enter()
         try:
-            return SandboxExecStream(self, request, data)
+            return SandboxExecStream(self._ref, self._calls, request, data, self._memory_mb)
         except BaseException:
-            self._leave()
+            self._calls.leave()
             raise
 
     # -- end -------------------------------------------------------------------------------------
 
     def close(self) -> CloseReport:
         """End its programs and remove what it worked in; idempotent."""
-        with self._lock:
-            if self._closed:
-                return CloseReport(closed=False, note="it was closed before")
-            self._closed = True
+        if not self._calls.close():
+            return CloseReport(closed=False, note="it was closed before")
         return self._ref.close()
+
+    @property
+    def _memory_mb(self) -> int | None:
+        """The limit that a result names, of a session that has one."""
+        return None if self._local else self._sandbox.options.memory_mb
 
     def __enter__(self) -> SandboxSession:
         """Give the session."""
@@ -530,152 +518,8 @@ class SandboxSession:
     def __repr__(self) -> str:
         """Name the definition and the session, and say where it works."""
         where = ", on this machine without isolation" if self._local else ""
-        state = "closed" if self._closed else "open"
+        state = "closed" if self.closed else "open"
         return f"<apothic.SandboxSession {self._sandbox.label} {self.id!r} ({state}{where})>"
-
-    # -- inside ----------------------------------------------------------------------------------
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise SandboxClosedError(
-                f"{self._sandbox.label} {self.id!r} is closed: this process closed it. Open another "
-                f"session."
-            )
-
-    def _enter(self) -> None:
-        self._check_open()
-        limit = self._sandbox.options.max_pending_tasks
-        with self._lock:
-            if self._pending >= limit:
-                raise PendingTasksExceededError(
-                    f"{self._sandbox.label} {self.id!r} has {self._pending} unfinished verbs of this "
-                    f"process, which is max_pending_tasks={limit}. Wait for some, close streams, or "
-                    f"raise max_pending_tasks."
-                )
-            self._pending += 1
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._pending -= 1
-
-    def _ask(self, name: str, *args: Any) -> Steps[Any]:
-        self._enter()
-        try:
-            return (yield self._ref.call(name, *args))
-        finally:
-            self._leave()
-
-    def _read(self, path: str) -> Steps[bytes]:
-        data: bytes | None = yield from self._ask("read", path_bytes(path), PART_BYTES)
-        if data is not None:
-            return data
-        pieces = bytearray()
-        yield from self._stream_to(path_bytes(path), pieces.extend)
-        return bytes(pieces)
-
-    def _stream_to(self, path: bytes, take: Callable[[bytes], object]) -> Steps[None]:
-        self._enter()
-        try:
-            stream = self._ref.stream("read_stream", path)
-            try:
-                while (piece := (yield stream)) is not END:
-                    take(piece)
-            except BaseException:
-                stream.close()
-                raise
-        finally:
-            self._leave()
-
-    def _write(
-        self, path: str, content: bytes | bytearray | memoryview, append: bool, make_parents: bool
-    ) -> Steps[str]:
-        where = path_bytes(path)
-        view = memoryview(content).cast("B")
-        if len(view) <= PART_BYTES:
-            return to_text(
-                (
-                    yield from self._ask(
-                        "write", where, bytes(content), bool(append), bool(make_parents)
-                    )
-                )
-            )
-        parts = (bytes(view[at : at + PART_BYTES]) for at in range(0, len(view), PART_BYTES))
-        return (yield from self._send_parts(where, parts, len(view), append, make_parents))
-
-    def _send_parts(
-        self, path: bytes, parts: Iterator[bytes], size: int, append: bool, make_parents: bool
-    ) -> Steps[str]:
-        """Send the parts of a file, a few ahead of their confirmation."""
-        self._enter()
-        try:
-            upload: str = yield self._ref.call(
-                "upload_begin", path, size, bool(append), bool(make_parents)
-            )
-            waiting: list[CallRef] = []
-            try:
-                offset = 0
-                for part in parts:
-                    waiting.append(self._ref.call("upload_part", upload, offset, part))
-                    offset += len(part)
-                    if len(waiting) >= PARTS_IN_FLIGHT:
-                        yield waiting.pop(0)
-                while waiting:
-                    yield waiting.pop(0)
-                return to_text((yield self._ref.call("upload_end", upload)))
-            except BaseException:
-                # Not waited for: it may be because the session is gone that we are here.
-                with contextlib.suppress(Exception):
-                    self._ref.call("upload_abort", upload)
-                raise
-        finally:
-            self._leave()
-
-    def _request(
-        self,
-        command: str | Sequence[str],
-        shell: bool,
-        cwd: str | None,
-        env: Mapping[str, Any] | None,
-        timeout_s: float | None,
-        stdin: bytes | str | None,
-        user: str | None,
-        max_output_bytes: int,
-    ) -> tuple[ExecRequest, bytes | None]:
-        limit_s = self._sandbox.options.timeout_s
-        request = ExecRequest(
-            argv=argv_bytes(command, shell),
-            timeout_s=limit_s if timeout_s is None else check_seconds("timeout_s", timeout_s),
-            max_output_bytes=check_count("max_output_bytes", max_output_bytes, 0),
-            cwd=None if cwd is None else path_bytes(cwd),
-            env=None if env is None else env_bytes(env),
-            user=b"" if user is None else user_bytes(user),
-        )
-        return request, input_bytes(stdin)
-
-    def _result(
-        self, request: ExecRequest, outcome: ExecOutcome, stdout: bytes, stderr: bytes
-    ) -> SandboxExecResult:
-        """Make the result, or raise the timeout that holds it."""
-        result = SandboxExecResult(
-            command=tuple(map(to_text, request.argv)),
-            returncode=outcome.returncode,
-            stdout_bytes=stdout,
-            stderr_bytes=stderr,
-            duration_s=outcome.duration_s,
-            signal=outcome.signal,
-            stdout_truncated=outcome.stdout_truncated,
-            stderr_truncated=outcome.stderr_truncated,
-            oom_killed=outcome.oom_killed,
-            memory_mb=None if self._local else self._sandbox.options.memory_mb,
-        )
-        if outcome.timed_out:
-            raise ExecTimeoutError(
-                f"{result.command_text} ran longer than timeout_s={request.timeout_s:g}: it and all "
-                f"that it had started was killed; .result has its output so far. Raise timeout_s for "
-                f"work that takes long.",
-                result,
-            )
-        return result
 
 
 class SandboxSessionAio(Twin[SandboxSession]):

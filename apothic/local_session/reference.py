@@ -200,11 +200,13 @@ def _drop(owner: int, workspace: LocalWorkspace, core: SessionCore, loop: LoopTh
     if os.getpid() != owner:
         return  # a fork's copy
     workspace.let_go()
+    if not threading.main_thread().is_alive():
+        return  # the process ends, and a thread would be cut off: the supervisor does the rest
 
     def close() -> None:
         loop.run(core.close())
         loop.stop()
 
-    # A collection may come on the loop's own thread. At exit the supervisor does the rest by itself.
+    # A collection may come on the loop's own thread.
     with contextlib.suppress(RuntimeError):
         threading.Thread(target=close, name="apothic-drop", daemon=True).start()

@@ -45,7 +45,9 @@ def test_quickstart_on_a_ray_of_its_own() -> None:
     assert re.search(r'File ".*quickstart.py", line \d+, in search\n.*\.fetchall\(\)', out)
 
     maker, home = re.findall(r"process (\d+) made 'shared', which lives in process (\d+)", out)[0]
-    visitor, answerer = re.findall(r"process (\d+), by its handle: process (\d+) says '\w*re\w*'", out)[0]
+    visitor, answerer = re.findall(
+        r"process (\d+), by its handle: process (\d+) says '\w*re\w*'", out
+    )[0]
     assert home == answerer
     assert len({maker, home, visitor}) == 3
 

@@ -20,7 +20,7 @@ from apothic.errors import (
     SandboxIsADirectoryError,
     SandboxNotADirectoryError,
 )
-from apothic.session import PART_BYTES
+from apothic.session_calls import PART_BYTES
 from tests.conformance.sandboxes.base import SandboxSuite
 
 SIZES = [0, 1, 4095, PART_BYTES, PART_BYTES + 1, 3 * PART_BYTES + 12345]
