@@ -174,7 +174,10 @@ def _answers(head: Head) -> bool:
     if head.token:
         request.add_header("Authorization", f"Bearer {head.token}")
     try:
-        with urllib.request.urlopen(request, timeout=5):
+        with (
+            urllib.request.urlopen(request, timeout=5),
+            socket.create_connection(("127.0.0.1", head.ports["client"]), timeout=5),
+        ):
             return True
     except OSError:
         return False
