@@ -122,8 +122,10 @@ def remove_network_if_unused(engine: Engine, network: InternetNetwork) -> bool:
     if network.owner is None:
         return False
     owner = network.owner
-    # Not waited for: who holds it creates a container just now.
-    with held_if_free("network", engine.info.id, owner.cluster, owner.namespace) as free:
+    key = (engine.info.id, owner.cluster, owner.namespace)
+    # Others that remove are waited for: each may have seen the container that another has removed
+    # since. Who creates a container just now is not: it removes the network when it is done with it.
+    with held("network-removal", *key), held_if_free("network", *key) as free:
         if not free:
             return False
         with translated(f"remove the network {network.name!r}"):
