@@ -120,12 +120,12 @@ def test_engine(how: str, docker_engine: Engine, monkeypatch: pytest.MonkeyPatch
                 session.exec("sleep 1000 &", shell=True)
             own.stop(signal.SIGKILL if how == "killed" else signal.SIGTERM)
             began = time.monotonic()
-            with pytest.raises(SandboxLostError, match="engine|killed or removed"):
+            with pytest.raises(SandboxLostError, match=r"engine|killed or removed"):
                 sessions[0].exec("true")
             own_start_first = how == "killed"
             if own_start_first:
                 own.start()
-            with pytest.raises(SandboxLostError, match="engine|killed or removed"):
+            with pytest.raises(SandboxLostError, match=r"engine|killed or removed"):
                 sessions[1].exec("true")
             sessions[0].close()
             assert time.monotonic() - began < 20
