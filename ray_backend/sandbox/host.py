@@ -240,8 +240,8 @@ class SandboxHost:
         """Note that the engine failed, and may have kept something; ``again`` raises it as well."""
         try:
             yield
-        except SandboxEngineError:
-            self._engine_failed = True
+        except SandboxEngineError as error:
+            self._engine_failed = self._engine_failed or not isinstance(error, _ITSELF)
             if again:
                 raise
 

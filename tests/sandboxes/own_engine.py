@@ -18,7 +18,10 @@ from tests.support import eventually, process_is_gone
 
 
 class OwnEngine:
-    """A ``dockerd`` without bridges and firewall rules, in a directory of its own."""
+    """A ``dockerd`` in a directory and a network namespace of its own.
+
+    Without the namespace it would remove the machine's ``docker0``, which ``--bridge=none`` does.
+    """
 
     def __init__(self, directory: Path, *, live_restore: bool = False) -> None:
         self._directory = directory
@@ -34,7 +37,7 @@ class OwnEngine:
         with (at / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    "dockerd", f"--data-root={at}/data", f"--exec-root={at}/exec",
+                    "unshare", "--net", "dockerd", f"--data-root={at}/data", f"--exec-root={at}/exec",
                     f"--pidfile={at}/pid", f"--host={self.host}", "--bridge=none",
                     "--iptables=false", "--storage-driver=vfs", *self._options,
                 ],
