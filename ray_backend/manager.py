@@ -21,7 +21,7 @@ from ray_backend.leases import LeaseBook
 from ray_backend.names import NAMESPACE, PROTOCOL_VERSION
 from ray_backend.registry import Registry
 from ray_backend.revival import Reviver
-from ray_backend.sandbox.sweeping import NodeSweeper
+from ray_backend.sandbox.sweeping import NodeSweeper, RayTasks
 
 __all__ = ["Manager", "instance_names", "remove_actor", "stop_actor"]
 
@@ -52,9 +52,8 @@ class Manager:
         self._reviver = Reviver(
             self._registry, self._book, self.begin_move, self.end_move, remove_actor
         )
-        self._sweeper = NodeSweeper(
-            self._registry, self._registry.cluster_id(), lambda: self._book.records()
-        )
+        tasks = RayTasks(self._registry.cluster_id())
+        self._sweeper = NodeSweeper(self._registry, tasks, self._book.records)
         self._unused_specs: set[str] = set()
         self._unused_blobs: set[str] = set()
         self._stops = ThreadPoolExecutor(STOP_THREADS, thread_name_prefix="apothic-stop")

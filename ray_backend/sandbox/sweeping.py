@@ -8,13 +8,12 @@ that is dead. So a manager that was killed goes on where it was, and a node with
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,7 +22,17 @@ from ray_backend import ray_api
 from ray_backend.names import NAMESPACE
 from ray_backend.registry import Registry
 
-__all__ = ["INTERVAL_S", "NodeSweeper", "sweep_at_arrival", "sweep_node"]
+__all__ = [
+    "INTERVAL_S",
+    "MAX_INTERVAL_S",
+    "SETTLE_S",
+    "NodeSweeper",
+    "RayTasks",
+    "SeatStore",
+    "Tasks",
+    "sweep_at_arrival",
+    "sweep_node",
+]
 
 INTERVAL_S = 30.0
 """Seconds between two sweeps of a node that has sessions."""
@@ -68,13 +77,73 @@ def sweep_at_arrival(cluster_id: str) -> None:
         print(f"apothic: removed what was left on this node: {', '.join(removed)}", file=sys.stderr)
 
 
+class SeatStore(Protocol):
+    """Where seats are kept."""
+
+    def list_seats(self) -> Mapping[str, Collection[str]]:
+        """Name the sessions that may have something on a node, by node id."""
+
+    def leave_seat(self, node_id: str, actor_name: str) -> None:
+        """Note that nothing of a session is on a node any more."""
+
+    def list_seen_nodes(self) -> Collection[str]:
+        """Name the nodes on which a session ever was."""
+
+    def forget_node(self, node_id: str) -> None:
+        """Forget a node with the seats on it."""
+
+
+class Tasks(Protocol):
+    """Sweeps on nodes, none of which is waited for."""
+
+    def live_nodes(self) -> Collection[str]:
+        """Name the nodes that are in the cluster now."""
+
+    def begin(self, node_id: str) -> Any:
+        """Begin a sweep; give what the other verbs know it by."""
+
+    def done(self, task: Any) -> bool:
+        """Tell whether a sweep has ended."""
+
+    def result(self, task: Any) -> Sequence[str]:
+        """Give the names of what one removed, or raise how it failed."""
+
+
+class RayTasks:
+    """Short Ray tasks, pinned to their nodes: one whose node has gone fails at once."""
+
+    def __init__(self, cluster_id: str) -> None:
+        """Sweep for this cluster."""
+        self._cluster_id = cluster_id
+        make: Any = ray.remote
+        self._sweep = make(num_cpus=0, max_retries=0)(sweep_node)
+
+    def live_nodes(self) -> Collection[str]:
+        """Name the nodes that are in the cluster now."""
+        return {str(node["NodeID"]) for node in ray_api.live_nodes() if node["Alive"]}
+
+    def begin(self, node_id: str) -> Any:
+        """Begin a sweep; give its ObjectRef."""
+        pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        return self._sweep.options(scheduling_strategy=pinned).remote(self._cluster_id)
+
+    def done(self, task: Any) -> bool:
+        """Tell whether a sweep has ended."""
+        return bool(ray.wait([task], timeout=0)[0])
+
+    def result(self, task: Any) -> Sequence[str]:
+        """Give the names of what one removed, or raise how it failed."""
+        removed: Sequence[str] = ray.get(task)
+        return removed
+
+
 @dataclass
 class _Node:
     """What is known of a node between two looks.
 
     Attributes:
         due: when it is swept next, on the clock.
-        task: the sweep that runs there, an ObjectRef; None between two.
+        task: the sweep that runs there; None between two.
         covers: the ended sessions that were known when it began.
         swept: ended sessions that one sweep has covered; another is to follow.
         failures: in a row.
@@ -88,40 +157,41 @@ class _Node:
 
 
 class NodeSweeper:
-    """Has nodes swept by short tasks pinned to them, one at a time on each; `look` never waits."""
+    """Has nodes swept, one sweep at a time on each; plain, with its surroundings handed in."""
 
     def __init__(
         self,
-        registry: Registry,
-        cluster_id: str,
+        seats: SeatStore,
+        tasks: Tasks,
         leased: Callable[[], Collection[str]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin with what the registry has.
+        """Begin with what the store has.
 
         Args:
-            registry: where the seats are.
-            cluster_id: ours.
+            seats: the store.
+            tasks: the sweeps.
             leased: gives the names of the sessions that have a lease.
             clock: in seconds.
         """
-        self._registry = registry
-        self._cluster_id = cluster_id
+        self._seats = seats
+        self._tasks = tasks
         self._leased = leased
         self._clock = clock
         self._nodes: dict[str, _Node] = {}
 
     def look(self) -> None:
-        """Take note of sweeps that have ended, and begin those that are due."""
-        seats = self._registry.list_seats()
+        """Take note of sweeps that have ended, and begin those that are due; never waits."""
+        for node_id, node in self._nodes.items():
+            if node.task is not None and self._tasks.done(node.task):
+                self._take_note(node_id, node)
+        seats = self._seats.list_seats()
         leased = set(self._leased()) if seats else set()
         due = []
         for node_id, names in seats.items():
-            ended = frozenset(names - leased)
             node = self._nodes.setdefault(node_id, _Node(self._clock() + INTERVAL_S))
-            if node.task is not None:
-                self._collect(node_id, node)
-            elif not node.failures and ended - node.swept:
+            ended = frozenset(names) - leased
+            if ended - node.swept and not node.failures:
                 node.due = self._clock()
             if node.task is None and node.due <= self._clock():
                 node.covers = ended
@@ -129,61 +199,44 @@ class NodeSweeper:
         for node_id in self._nodes.keys() - seats.keys():
             if self._nodes[node_id].task is None:
                 del self._nodes[node_id]
-            else:
-                self._collect(node_id, self._nodes[node_id])
         if due:
             self._begin(due)
 
     def forget_dead_nodes(self) -> None:
         """Drop what was noted of nodes that have left the cluster; now and then is enough."""
-        alive = _live_nodes()
-        for node_id in self._registry.list_seen_nodes():
+        alive = self._tasks.live_nodes()
+        for node_id in self._seats.list_seen_nodes():
             if node_id not in alive:
-                self._registry.forget_node(node_id)
+                self._seats.forget_node(node_id)
 
     def _begin(self, due: list[str]) -> None:
-        alive = _live_nodes()
+        alive = self._tasks.live_nodes()
         for node_id in due:
-            if node_id not in alive:
-                self._registry.forget_node(node_id)
-                continue
-            pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            task = _sweep_task().options(scheduling_strategy=pinned)
-            self._nodes[node_id].task = task.remote(self._cluster_id)
+            if node_id in alive:
+                self._nodes[node_id].task = self._tasks.begin(node_id)
+            else:
+                self._seats.forget_node(node_id)
 
-    def _collect(self, node_id: str, node: _Node) -> None:
-        done, _ = ray.wait([node.task], timeout=0)
-        if not done:
-            return
+    def _take_note(self, node_id: str, node: _Node) -> None:
         task, node.task = node.task, None
         try:
-            removed = ray.get(task)
+            removed = self._tasks.result(task)
         except Exception as error:
             node.failures += 1
             wait_s = min(MAX_INTERVAL_S, INTERVAL_S * 2 ** (node.failures - 1))
             node.due = self._clock() + wait_s
-            first = str(error).strip().splitlines()[-1:]
+            why = str(error).strip().rpartition("\n")[2]
             print(
-                f"apothic manager: node {node_id} was not swept, again in {wait_s:g} s: {first}",
+                f"apothic manager: node {node_id} was not swept, again in {wait_s:g} s: {why}",
                 file=sys.stderr,
             )
             return
         if removed:
             print(f"apothic manager: swept from node {node_id}: {', '.join(removed)}")
         node.failures = 0
-        node.due = self._clock() + (SETTLE_S if node.covers - node.swept else INTERVAL_S)
+        once, twice = node.covers - node.swept, node.covers & node.swept
+        node.due = self._clock() + (SETTLE_S if once else INTERVAL_S)
         # One that was opened again under its name meanwhile took its lease first, then its seat.
-        for name in (node.covers & node.swept).difference(self._leased()):
-            self._registry.leave_seat(node_id, name)
-        node.swept = node.covers - node.swept
-
-
-def _live_nodes() -> set[str]:
-    return {str(node["NodeID"]) for node in ray_api.live_nodes() if node["Alive"]}
-
-
-@functools.cache
-def _sweep_task() -> Any:
-    """Give the task, which is exported once per process."""
-    make: Any = ray.remote
-    return make(num_cpus=0, max_retries=0)(sweep_node)
+        for name in twice.difference(self._leased()):
+            self._seats.leave_seat(node_id, name)
+        node.swept = once

@@ -78,7 +78,7 @@ sys.stdin.read()
     }
     try:
         closing = f"""{DEFINITION}
-session = sandbox.create()
+session, kept = sandbox.create(), sandbox.named("kept")
 print("UP", connect().cluster_id, flush=True)
 sys.stdin.read()
 assert session.exec("true").ok
@@ -95,6 +95,25 @@ assert session.exec("true").ok
         for each in made.values():
             docker_engine.remove(each)
     assert left_of(docker_engine, dead) == []
+
+
+def test_a_cluster_ends_with_its_driver(
+    tmp_path: Path, docker_engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed, the driver takes its cluster along, and that its sessions, named ones as well."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(DOOMED, mark)
+    opening = f"""{DEFINITION}
+sessions = [sandbox.named("n"), online.named("n"), sandbox.create()]
+print("CLUSTER", connect().cluster_id, flush=True)
+sys.stdin.read()
+"""
+    with running(start_driver(tmp_path, opening, tmp_path)) as driver:
+        cluster = read_line(driver, "CLUSTER")
+        driver.kill()
+        driver.wait()
+        eventually(lambda: not left_of(docker_engine, cluster))
+        eventually(lambda: not processes_of_run(DOOMED, mark))
 
 
 def made_name(engine: Engine, made: dict[str, str]) -> str:

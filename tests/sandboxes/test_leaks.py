@@ -70,6 +70,10 @@ def actor_pid(session: SandboxSession) -> int:
     return int(ray.get(session.actor.apothic_status.remote())["pid"])
 
 
+def restarts_of(session: SandboxSession) -> int:
+    return int(actor_record(session.actor._actor_id.hex()).get("NumRestarts", 0))
+
+
 def container_of(session: SandboxSession) -> str:
     found = session.inspect().container_id
     assert found
@@ -381,11 +385,10 @@ def test_named_actor_killed(sandbox: Sandbox, docker_engine: Engine):
     session.exec("while :; do date +%s%N > /tmp/beat; sleep 0.05; done &", shell=True)
     container, ids = container_of(session), []
     for _ in range(2):
-        pid = actor_pid(session)
+        pid, restarts = actor_pid(session), session.inspect().restarts
         os.kill(pid, signal.SIGKILL)
         # A verb that meets the dying process may have reached it: it is not sent twice.
-        eventually(partial(process_is_gone, pid))
-        eventually(lambda: actor_record(session.actor._actor_id.hex())["State"] != "ALIVE")
+        eventually(partial(lambda n: restarts_of(session) > n, restarts))
         result = session.exec("pwd; echo $FIRST$SECOND; cat ../file", shell=True)  # just works
         assert result.check().stdout == "/work/deeper\n12\ncontent"
         beats = {session.read_text("/tmp/beat")}
