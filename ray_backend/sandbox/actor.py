@@ -65,7 +65,7 @@ class SandboxActor:
             _surroundings(plan, self._registry),
             restarted=restarted,
             was_ready=restarted and self._registry.start_record(plan.actor_name).was_ready,
-            started=lambda: self._registry.note_ready(plan.actor_name),
+            started=self._note_ready,
         )
         stop_on_sigterm(self._stop_from_thread, self._remove)
         stop_when_parent_dies(self._stop_from_thread)
@@ -73,6 +73,10 @@ class SandboxActor:
             threading.Thread(
                 target=start_by_itself, args=(self._me,), name="apothic-restart", daemon=True
             ).start()
+
+    def _note_ready(self) -> None:
+        if self._plan.named:  # another has no second process that would ask
+            self._registry.note_ready(self._plan.actor_name)
 
     # -- control ---------------------------------------------------------------------------------
 
