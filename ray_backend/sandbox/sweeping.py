@@ -41,7 +41,7 @@ SETTLE_S = 5.0
 """Seconds from the sweep after a session's end to the second one, which finds what came late."""
 
 MAX_INTERVAL_S = 600.0
-"""The same after many failures in a row: an engine that is gone may come back."""
+"""Seconds after many failures in a row, the first of which costs `SETTLE_S`: an engine may come back."""
 
 
 def sweep_node(cluster_id: str) -> tuple[str, ...]:
@@ -223,7 +223,7 @@ class NodeSweeper:
             removed = self._tasks.result(task)
         except Exception as error:
             node.failures += 1
-            wait_s = min(MAX_INTERVAL_S, INTERVAL_S * 2 ** (node.failures - 1))
+            wait_s = min(MAX_INTERVAL_S, SETTLE_S * 2 ** (node.failures - 1))
             node.due = self._clock() + wait_s
             why = str(error).strip().rpartition("\n")[2]
             print(

@@ -124,7 +124,7 @@ def test_failures_are_tried_again_ever_later(world: World):
     world.nodes = {"a"}
     world.sweeper.look()
     waits = []
-    for _ in range(8):
+    for _ in range(9):
         world.end(RuntimeError("no engine"))
         waited = 0
         while not world.after(1):
@@ -132,7 +132,7 @@ def test_failures_are_tried_again_ever_later(world: World):
             assert waited <= MAX_INTERVAL_S
         waits.append(waited)
     assert waits == sorted(waits)
-    assert waits[0] >= INTERVAL_S - 2
+    assert waits[0] <= SETTLE_S
     assert waits[-1] >= MAX_INTERVAL_S - 2
     world.end()
     assert world.after(SETTLE_S) == 1

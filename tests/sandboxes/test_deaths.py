@@ -1,9 +1,11 @@
-"""A cluster dies whole, without notice; the next one on the machine removes what it left."""
+"""A cluster dies whole, without notice, and the next one removes what it left; or its engine does."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 import uuid
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 
 from ray_backend.names import NAMESPACE
 from ray_backend.sandbox.engine.connection import Engine
-from ray_backend.sandbox.engine.labels import OWNER
+from ray_backend.sandbox.engine.labels import CLUSTER, OWNER
 from tests.docker.support import BUSYBOX, left_of, new_owner
+from tests.sandboxes.own_engine import own_engine
 from tests.support import (
     eventually,
     finish,
@@ -114,6 +117,50 @@ sys.stdin.read()
         driver.wait()
         eventually(lambda: not left_of(docker_engine, cluster))
         eventually(lambda: not processes_of_run(DOOMED, mark))
+
+
+def test_an_engine_that_was_away(
+    tmp_path: Path, docker_engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """Sessions are lost, and closed while nobody can see them removed: the manager sees to it later."""
+    body = f"""{DEFINITION}
+from apothic.errors import SandboxLostError
+sessions = [sandbox.create(), sandbox.named("n")]
+print("UP", connect().cluster_id, flush=True)
+sys.stdin.readline()
+for session in sessions:
+    try:
+        session.exec("true")
+    except SandboxLostError as error:
+        print("LOST", error, flush=True)
+    session.close()
+print("CLOSED", flush=True)
+sys.stdin.readline()
+with sandbox.named("n") as again:
+    print("AGAIN", again.exec("echo on", shell=True).stdout, flush=True)
+"""
+
+    def go_on(driver: subprocess.Popen[str]) -> None:
+        assert driver.stdin is not None
+        driver.stdin.write("\n")
+        driver.stdin.flush()
+
+    with own_engine(docker_engine) as own:
+        monkeypatch.setenv("DOCKER_HOST", own.host)
+        with running(start_driver(tmp_path, body, tmp_path)) as driver:
+            cluster = read_line(driver, "UP")
+            own.stop(signal.SIGKILL)
+            go_on(driver)
+            assert "engine" in read_line(driver, "LOST")
+            assert "engine" in read_line(driver, "LOST")
+            read_line(driver, "CLOSED")
+            own.start()
+            with contextlib.closing(own.connect()) as engine:
+                assert len(engine.list_containers({CLUSTER: cluster})) == 1  # the named one's
+                eventually(lambda: not engine.list_containers({CLUSTER: cluster}), 40)
+            go_on(driver)
+            assert read_line(driver, "AGAIN") == "on"
+            finish(driver)
 
 
 def made_name(engine: Engine, made: dict[str, str]) -> str:
