@@ -19,13 +19,14 @@ from ray_backend.sandbox.agent.binaries import agent_binary
 from ray_backend.sandbox.containers import NodeSurroundings
 from ray_backend.sandbox.engine.agent_volume import remove_agent
 from ray_backend.sandbox.engine.connection import Engine
-from ray_backend.sandbox.engine.labels import OwnerLabels, RayletId
+from ray_backend.sandbox.engine.labels import CLUSTER, OwnerLabels, RayletId
 from ray_backend.sandbox.engine.sweep import sweep
 from ray_backend.sandbox.host import SandboxHost
 from ray_backend.sandbox.plan import SandboxPlan
 from tests.docker.support import BUSYBOX, left_of, start_python
 from tests.sandboxes.direct import DirectEngine
 from tests.sandboxes.own_engine import OwnEngine, own_engine
+from tests.support import eventually
 
 IMAGE = Image.from_registry(BUSYBOX)
 LAUNCH = ("create", "created", "attached", "started")
@@ -90,7 +91,7 @@ def test_killed_at(step: str, own: OwnEngine, docker_engine: Engine):
     assert process.returncode == -signal.SIGKILL, errors
     assert left_of(engine, cluster) or step == "create"
     sweep(engine, lambda: [SESSION], cluster, "tests")
-    assert len(engine.list_containers({"apothic.cluster": cluster})) == (step in LAUNCH[1:]) + (
+    assert len(engine.list_containers({CLUSTER: cluster})) == (step in LAUNCH[1:]) + (
         step in AGENT[1:]
     )
     sweep(engine, list, cluster, "tests")
@@ -99,6 +100,21 @@ def test_killed_at(step: str, own: OwnEngine, docker_engine: Engine):
     assert left_of(engine, cluster) == []
     if step not in NETWORK:
         engine.close()
+
+
+def test_killed_while_the_firewall_is_set(docker_engine: Engine):
+    """In the host's network a container helps with that: it goes, too."""
+    cluster = uuid.uuid4().hex
+    process = start_python(
+        "import sys; from tests.sandboxes.test_interrupted import die_at; die_at(*sys.argv[1:])",
+        cluster,
+        "network-rules",
+    )
+    eventually(lambda: docker_engine.list_containers({CLUSTER: cluster}))
+    process.kill()
+    process.communicate()
+    sweep(docker_engine, list, cluster, "tests")
+    assert left_of(docker_engine, cluster) == []
 
 
 # docker-py drops a socket that cannot be connected, and does not close it.
