@@ -406,9 +406,9 @@ class SandboxAio(Twin[Sandbox]):
 
     inspect: Final = twin(Sandbox.inspect)
     explain: Final = twin(Sandbox.explain)
-    create: Final = twin(Sandbox.create)
+    create: Final = twin(Sandbox.create, undo=SandboxSession.close)
     named: Final = twin(Sandbox.named)
-    local: Final = twin(Sandbox.local)
+    local: Final = twin(Sandbox.local, undo=SandboxSession.close)
     attach: Final = twin(Sandbox.attach)
     close_handle: Final = twin(Sandbox.close_handle)
     close_named: Final = twin(Sandbox.close_named)

@@ -32,6 +32,7 @@ from ray_backend.sandbox.containers import NodeSurroundings, gpu_ids_of
 from ray_backend.sandbox.engine.labels import OwnerLabels, RayletId
 from ray_backend.sandbox.host import SandboxHost
 from ray_backend.sandbox.plan import AHEAD, SandboxPlan
+from ray_backend.sandbox.sweeping import sweep_at_arrival
 
 __all__ = ["SandboxActor"]
 
@@ -57,12 +58,14 @@ class SandboxActor:
         self._gates: dict[str, AsyncStreamGate] = {}
         self._cancelled: dict[str, None] = {}
         self._me = context.current_actor
+        self._node_id = context.get_node_id()
         restarted = restart_count(context.get_actor_id()) > 0
         self._host = SandboxHost(
             plan,
             _surroundings(plan, self._registry),
+            restarted=restarted,
             was_ready=restarted and self._registry.start_record(plan.actor_name).was_ready,
-            started=lambda: self._registry.note_ready(plan.actor_name),
+            started=self._note_ready,
         )
         stop_on_sigterm(self._stop_from_thread, self._remove)
         stop_when_parent_dies(self._stop_from_thread)
@@ -70,6 +73,10 @@ class SandboxActor:
             threading.Thread(
                 target=start_by_itself, args=(self._me,), name="apothic-restart", daemon=True
             ).start()
+
+    def _note_ready(self) -> None:
+        if self._plan.named:  # another has no second process that would ask
+            self._registry.note_ready(self._plan.actor_name)
 
     # -- control ---------------------------------------------------------------------------------
 
@@ -91,6 +98,7 @@ class SandboxActor:
             "hooks": [],
             "interrupted_calls": interrupted,
             "note": "" if closed else "it was closed before",
+            "left_nothing_on": self._node_id if self._host.left_nothing else None,
         }
 
     async def apothic_cancel(self, task_id: str) -> None:
@@ -193,6 +201,8 @@ class SandboxActor:
         """Remove this actor for good, so that its name is free."""
         try:
             with contextlib.suppress(Exception):
+                if self._host.left_nothing:
+                    self._registry.leave_seat(self._node_id, self._plan.actor_name)
                 manager = ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
                 ray.get(manager.forget.remote(self._plan.actor_name), timeout=_MANAGER_WAIT_S)
             ray.kill(self._me, no_restart=True)
@@ -240,6 +250,15 @@ def _surroundings(plan: SandboxPlan, registry: Registry) -> NodeSurroundings:
             )
         return content
 
+    def arrive() -> None:
+        if registry.take_seat(node_id, plan.actor_name):
+            threading.Thread(
+                target=sweep_at_arrival,
+                args=(plan.cluster_id,),
+                name="apothic-arrival",
+                daemon=True,
+            ).start()
+
     return NodeSurroundings(
         owner=OwnerLabels(
             plan.cluster_id,
@@ -253,6 +272,7 @@ def _surroundings(plan: SandboxPlan, registry: Registry) -> NodeSurroundings:
         fetch=fetch,
         secret=registry.get_secret,
         pin_volume=lambda name: registry.pin_volume(name, node_id),
+        arrive=arrive,
     )
 
 

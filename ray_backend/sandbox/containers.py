@@ -30,7 +30,7 @@ from ray_backend.sandbox.engine.container import AGENT_DIRECTORY, BindMount, Con
 from ray_backend.sandbox.engine.faults import FaultPoint, no_fault
 from ray_backend.sandbox.engine.images import ImageDefaults, ensure_image, image_defaults
 from ray_backend.sandbox.engine.labels import SESSION, OwnerLabels
-from ray_backend.sandbox.engine.launch import launch
+from ray_backend.sandbox.engine.launch import Launched, launch
 from ray_backend.sandbox.engine.network import internet_network, release_internet
 from ray_backend.sandbox.engine.outcome import ask_outcome
 from ray_backend.sandbox.engine.volumes import bind_volumes
@@ -43,6 +43,7 @@ __all__ = [
     "find_container",
     "gpu_ids_of",
     "open_container",
+    "remove_leftover",
     "secret_variables",
 ]
 
@@ -69,6 +70,7 @@ class NodeSurroundings:
         fetch: gives a packed file by digest.
         secret: gives a secret's variables, None when it is not stored.
         pin_volume: ties a host-local volume to this node; gives the node it is tied to.
+        arrive: called in a thread before anything of the session is made on the node.
     """
 
     owner: OwnerLabels
@@ -77,6 +79,7 @@ class NodeSurroundings:
     fetch: Callable[[str], bytes]
     secret: Callable[[str], Mapping[str, str] | None]
     pin_volume: Callable[[str], str]
+    arrive: Callable[[], None] = lambda: None
 
 
 def gpu_ids_of(assigned: Sequence[object]) -> tuple[str, ...]:
@@ -150,12 +153,15 @@ class SessionContainer:
         )
 
     async def remove(self) -> None:
-        """Remove it with all that runs in it; idempotent."""
+        """Remove it with all that runs in it; idempotent.
+
+        Raises:
+            SandboxEngineError: when the engine fails; what is left is for a sweep.
+        """
         self.stream.abort()
         await asyncio.to_thread(self.engine.remove, self.id)
         if self.internet:
-            with contextlib.suppress(SandboxEngineError):  # a sweep finds it
-                await asyncio.to_thread(release_internet, self.engine, self.owner)
+            await asyncio.to_thread(release_internet, self.engine, self.owner)
 
     async def workspace(self, label: str, *, resync: bool) -> AgentWorkspace:
         """Greet the agent; give the inside as a workspace, which removes the container at its end.
@@ -255,6 +261,24 @@ async def find_container(plan: SandboxPlan, around: NodeSurroundings) -> Session
     )
 
 
+async def remove_leftover(plan: SandboxPlan, around: NodeSurroundings) -> None:
+    """Remove the container that an earlier process of this actor left, if there is one.
+
+    Raises:
+        SandboxEngineError: when the engine fails.
+    """
+
+    def remove() -> None:
+        engine = Engine.connect()
+        found = engine.inspect(plan.container_name)
+        if found is not None and found.labels.get(SESSION) == plan.actor_name:
+            engine.remove(found.id)
+        if plan.spec.network == "internet":
+            release_internet(engine, around.owner)
+
+    await asyncio.to_thread(remove)
+
+
 async def open_container(
     plan: SandboxPlan,
     around: NodeSurroundings,
@@ -310,12 +334,21 @@ async def open_container(
         keep=plan.named,
     )
     internet = plan.spec.network == "internet"
-    async with contextlib.AsyncExitStack() as held:
+    launched: Launched | None = None
+    try:
+        async with contextlib.AsyncExitStack() as held:
+            if internet:
+                joining = internet_network(engine, owner, blocked=plan.blocked, at=at)
+                network = await held.enter_async_context(_in_threads(joining))
+                spec = replace(spec, network=network.id, dns=network.dns)
+            launched = await launch(engine, spec, at=at)
+    except BaseException:
+        if launched is not None:  # cancelled while it left the network's lock
+            launched.stream.abort()
+            await asyncio.to_thread(engine.remove, launched.id)
         if internet:
-            joining = internet_network(engine, owner, blocked=plan.blocked, at=at)
-            network = await held.enter_async_context(_in_threads(joining))
-            spec = replace(spec, network=network.id, dns=network.dns)
-        launched = await launch(engine, spec, at=at)
+            await asyncio.to_thread(release_internet, engine, owner)
+        raise
     return SessionContainer(
         engine=engine,
         id=launched.id,

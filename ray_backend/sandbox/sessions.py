@@ -96,6 +96,9 @@ class Sandboxes:
         except BaseException:
             if _find(name) is None:
                 self.client.manager.ask(lambda manager: manager.forget.remote(name))
+            elif not request.named:  # interrupted, and nobody knows its id
+                holder = self.client.holder
+                self.client.manager.ask(lambda manager: manager.release.remote(name, holder))
             raise
         handle = SandboxHandle(
             cluster_id=self.client.cluster_id,
