@@ -31,6 +31,7 @@ from ray_backend.registry import Registry
 from ray_backend.sandbox.containers import NodeSurroundings, gpu_ids_of
 from ray_backend.sandbox.engine.labels import OwnerLabels, RayletId
 from ray_backend.sandbox.host import SandboxHost
+from ray_backend.sandbox.packed import pack_result, unpack_arguments
 from ray_backend.sandbox.plan import AHEAD, SandboxPlan
 
 __all__ = ["SandboxActor"]
@@ -109,7 +110,8 @@ class SandboxActor:
     async def _call(self, verb: str, args: tuple[Any, ...]) -> Any:
         task_id = self._enter()
         try:
-            return await getattr(await self._core(), verb)(*args)
+            result = await getattr(await self._core(), verb)(*unpack_arguments(*args))
+            return pack_result(result)
         except asyncio.CancelledError:
             raise self._cancelled_error() from None
         finally:
