@@ -52,7 +52,7 @@ STREAMS = ("exec_stream", "read_stream")
 KILL_GRACE_S = 1.0
 """Seconds between SIGTERM and SIGKILL for what ran too long or is not wanted any more."""
 
-READ_BYTES = 1024 * 1024
+READ_BYTES = 4 * 1024 * 1024
 """How much `read_stream` gives at once."""
 
 _NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
@@ -206,6 +206,8 @@ class SessionCore:
             with typed(target):
                 reader = await self._workspace.open_reader(target)
                 try:
+                    if await reader.size() > limit:
+                        return None
                     pieces, size = [], 0
                     while size <= limit and (piece := await reader.read(limit + 1 - size)):
                         pieces.append(piece)

@@ -124,14 +124,14 @@ class SandboxActor:
         gate = self._gates[task_id] = AsyncStreamGate(lambda: _consumer_lives(consumer), AHEAD)
         try:
             core = await self._core()
-            async with aclosing(getattr(core, verb)(*args)) as items:
+            async with aclosing(getattr(core, verb)(*unpack_arguments(*args))) as items:
                 while True:
                     # A task of its own, which a cancel finds whatever Ray is doing with the last item.
                     step = self._running[task_id] = asyncio.ensure_future(_next(items))
                     item = await step
                     if item is _END or not await gate.admit():
                         break
-                    yield item
+                    yield pack_result(item)
             if gate.is_shut:
                 raise self._cancelled_error()
         except asyncio.CancelledError:

@@ -15,7 +15,7 @@ from ray_backend.registry import Registry
 __all__ = ["ACK_EVERY", "AHEAD", "SandboxPlan"]
 
 AHEAD = 8
-"""Items, of at most 1 MiB, that a stream may be ahead of its consumer."""
+"""Items, of at most 4 MiB, that a stream may be ahead of its consumer."""
 
 ACK_EVERY = 4
 """Items after which the consumer confirms."""

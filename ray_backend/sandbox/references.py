@@ -105,7 +105,7 @@ class RaySandbox(SandboxRef):
             )
         submit = getattr(self._actor, verb).options(num_returns="streaming").remote
         return RaySandboxStream(
-            self, submit(*args, **{CONSUMER_KEY: self._sandboxes.client.holder})
+            self, submit(*pack_arguments(args), **{CONSUMER_KEY: self._sandboxes.client.holder})
         )
 
     @override
@@ -333,7 +333,7 @@ class RaySandboxStream(ItemStream):
         except rays.RayError as error:
             self._fail(error)
         self._confirm()
-        return item
+        return unpack_result(item)
 
     @override
     async def anext_item(self) -> Any:
@@ -345,7 +345,7 @@ class RaySandboxStream(ItemStream):
         except rays.RayError as error:
             self._fail(error)
         self._confirm()
-        return item
+        return unpack_result(item)
 
     def _fail(self, error: rays.RayError) -> NoReturn:
         self._open = False

@@ -16,6 +16,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections import deque
 from pathlib import Path
 
 from typing_extensions import override
@@ -109,7 +110,7 @@ class LinkStream(asyncio.Protocol):
     def __init__(self) -> None:
         """Prepare; the event loop connects."""
         self._transport: asyncio.Transport | None = None
-        self._pieces: list[bytes] = []
+        self._pieces: deque[bytes] = deque()
         self._buffered_bytes = 0
         self._paused = False
         self._ended = False
@@ -118,7 +119,7 @@ class LinkStream(asyncio.Protocol):
         self._writable.set()
 
     async def read(self) -> bytes:
-        """Give all that has come; nothing at the end."""
+        """Give the next that has come; nothing at the end."""
         while not self._pieces:
             if self._ended:
                 return b""
@@ -127,12 +128,13 @@ class LinkStream(asyncio.Protocol):
                 await self._reader
             finally:
                 self._reader = None
-        pieces, self._pieces = self._pieces, []
-        self._buffered_bytes = 0
-        if self._paused and self._transport is not None:
+        piece = self._pieces.popleft()
+        self._buffered_bytes -= len(piece)
+        if self._paused and self._buffered_bytes < _PAUSE_ABOVE_BYTES // 2:
             self._paused = False
-            self._transport.resume_reading()
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if self._transport is not None:
+                self._transport.resume_reading()
+        return piece
 
     def write(self, data: bytes) -> None:
         """Send.
