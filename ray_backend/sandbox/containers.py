@@ -18,7 +18,6 @@ from apothic.errors import (
     SandboxLostError,
     SandboxStartError,
 )
-from apothic.image import Image
 from apothic.volume import StorageMount
 from ray_backend.sandbox.agent.binaries import agent_binary
 from ray_backend.sandbox.agent_workspace import AgentWorkspace
@@ -290,7 +289,7 @@ async def find_container(plan: SandboxPlan, around: NodeSurroundings) -> Session
     config = await asyncio.to_thread(engine.api.inspect_container, found.id)
     image = await asyncio.to_thread(image_defaults, engine, config["Image"])
     limited = bool((config["HostConfig"].get("StorageOpt") or {}).get("size"))
-    disk_gb = plan.options.constraints.disk_gb
+    disk_gb = plan.options.disk_gb
     return SessionContainer(
         engine=engine,
         id=found.id,
@@ -300,7 +299,7 @@ async def find_container(plan: SandboxPlan, around: NodeSurroundings) -> Session
         image=image,
         owner=around.owner,
         disk_gb=None if limited else disk_gb,
-        internet=plan.spec.network == "internet",
+        internet=plan.network == "internet",
         memory_mb=plan.options.memory_mb,
     )
 
@@ -326,7 +325,6 @@ async def open_container(
     """
     engine = await asyncio.to_thread(Engine.connect)
     options, owner = plan.options, around.owner
-    recipe = options.image or Image.debian_slim()
 
     unwanted = threading.Event()
 
@@ -336,7 +334,7 @@ async def open_container(
         tell(line)
 
     def prepare() -> tuple[str, ImageDefaults, str, tuple[BindMount, ...]]:
-        image = ensure_image(engine, recipe, around.fetch, progress=progress)
+        image = ensure_image(engine, plan.image, around.fetch, progress=progress)
         binary = agent_binary(engine.architecture).read_bytes()
         volume = ensure_agent(engine, binary, owner, at=at)
         return image, image_defaults(engine, image), volume, _mounts(engine, plan, around)
@@ -354,12 +352,12 @@ async def open_container(
         agent_volume=agent_volume,
         memory_mb=options.memory_mb,
         cpu=options.cpu,
-        disk_gb=options.constraints.disk_gb,
+        disk_gb=options.disk_gb,
         gpu_ids=around.gpu_ids,
         mounts=mounts,
         keep=plan.named,
     )
-    internet = plan.spec.network == "internet"
+    internet = plan.network == "internet"
     async with contextlib.AsyncExitStack() as held:
         if internet:
             joining = internet_network(engine, owner, blocked=plan.blocked, at=at)
@@ -374,7 +372,7 @@ async def open_container(
         direct=direct,
         image=defaults,
         owner=owner,
-        disk_gb=options.constraints.disk_gb if launched.disk_limit == "watch" else None,
+        disk_gb=options.disk_gb if launched.disk_limit == "watch" else None,
         internet=internet,
         memory_mb=options.memory_mb,
     )
@@ -450,13 +448,12 @@ def _mounts(engine: Engine, plan: SandboxPlan, around: NodeSurroundings) -> tupl
     volumes: dict[str, StorageMount] = {}
     for mount in plan.options.mounts:
         if mount.backend == "vast_local":
-            node = around.pin_volume(mount.volume)
+            node = around.pin_volume(mount.name)
             if node != around.node_id:
                 raise SandboxError(
-                    f"{plan.label}: volume {mount.volume!r} is on node {node} and not on "
+                    f"{plan.label}: volume {mount.name!r} is on node {node} and not on "
                     f"{around.node_id}, where the session is. Open it again, or use Volume.cloud."
                 )
-        volumes[mount.path] = StorageMount(
-            mount.volume, mount.backend, mount.size_gb, mount.path, mount.create_if_missing
-        )
+        assert mount.mount_path is not None  # the definition has it
+        volumes[mount.mount_path] = mount
     return bind_volumes(engine, volumes, around.owner)
