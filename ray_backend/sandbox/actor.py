@@ -31,6 +31,7 @@ from ray_backend.registry import Registry
 from ray_backend.sandbox.containers import NodeSurroundings, gpu_ids_of
 from ray_backend.sandbox.engine.labels import OwnerLabels, RayletId
 from ray_backend.sandbox.host import SandboxHost
+from ray_backend.sandbox.packed import pack_result, unpack_arguments
 from ray_backend.sandbox.plan import AHEAD, SandboxPlan
 from ray_backend.sandbox.sweeping import sweep_at_arrival
 
@@ -117,7 +118,8 @@ class SandboxActor:
     async def _call(self, verb: str, args: tuple[Any, ...]) -> Any:
         task_id = self._enter()
         try:
-            return await getattr(await self._core(), verb)(*args)
+            result = await getattr(await self._core(), verb)(*unpack_arguments(*args))
+            return pack_result(result)
         except asyncio.CancelledError:
             raise self._cancelled_error() from None
         finally:
@@ -130,14 +132,14 @@ class SandboxActor:
         gate = self._gates[task_id] = AsyncStreamGate(lambda: _consumer_lives(consumer), AHEAD)
         try:
             core = await self._core()
-            async with aclosing(getattr(core, verb)(*args)) as items:
+            async with aclosing(getattr(core, verb)(*unpack_arguments(*args))) as items:
                 while True:
                     # A task of its own, which a cancel finds whatever Ray is doing with the last item.
                     step = self._running[task_id] = asyncio.ensure_future(_next(items))
                     item = await step
                     if item is _END or not await gate.admit():
                         break
-                    yield item
+                    yield pack_result(item)
             if gate.is_shut:
                 raise self._cancelled_error()
         except asyncio.CancelledError:

@@ -154,7 +154,7 @@ class SandboxHost:
             "finished": found.finished_calls if found else 0,
             "cwd": found.cwd if found else None,
             "started_unix_s": found.started_unix_s if found else self._since_unix_s,
-            "spec_digest": self._plan.spec.digest,
+            "spec_digest": self._plan.spec_digest,
             "arguments_digest": self._plan.arguments_digest,
             "container_id": None if container is None else container.id,
             "notes": () if container is None else container.notes,
@@ -179,7 +179,8 @@ class SandboxHost:
         plan, around = self._plan, self._around
         await asyncio.to_thread(around.arrive)
         secrets = await asyncio.to_thread(secret_variables, plan, around)
-        container = await find_container(plan, around)
+        # The name of an unnamed session's container was never used before.
+        container = await find_container(plan, around) if plan.named else None
         found = container is not None
         if container is None:
             if self._was_ready:

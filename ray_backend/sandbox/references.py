@@ -26,6 +26,7 @@ from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
 from apothic.values import CloseReport
 from ray_backend import ray_api
 from ray_backend.actors.gate import CONSUMER_KEY
+from ray_backend.sandbox.packed import pack_arguments, unpack_result
 from ray_backend.sandbox.plan import ACK_EVERY
 from ray_backend.translate import translate, was_never_sent
 
@@ -104,7 +105,7 @@ class RaySandbox(SandboxRef):
             )
         submit = getattr(self._actor, verb).options(num_returns="streaming").remote
         return RaySandboxStream(
-            self, submit(*args, **{CONSUMER_KEY: self._sandboxes.client.holder})
+            self, submit(*pack_arguments(args), **{CONSUMER_KEY: self._sandboxes.client.holder})
         )
 
     @override
@@ -236,13 +237,14 @@ class RaySandboxCall(CallRef):
         self._session = session
         self._verb = verb
         self._again = session.handle.named
-        self._args = args if self._again else ()  # kept only where needed: they can be large
-        self._ref = getattr(session.native, verb).remote(*args)
+        packed = pack_arguments(args)
+        self._args = packed if self._again else ()  # kept only where needed: they can be large
+        self._ref = getattr(session.native, verb).remote(*packed)
 
     @override
     def result(self, timeout_s: float | None = None) -> Any:
         try:
-            return ray.get(self._ref, timeout=timeout_s)
+            return unpack_result(ray.get(self._ref, timeout=timeout_s))
         except rays.RayError as error:
             return self._recover(error, timeout_s)
 
@@ -253,7 +255,7 @@ class RaySandboxCall(CallRef):
             try:
                 self._session.wait_for_restart()
                 self._ref = getattr(self._session.native, self._verb).remote(*self._args)
-                return ray.get(self._ref, timeout=timeout_s)
+                return unpack_result(ray.get(self._ref, timeout=timeout_s))
             except rays.RayError as later:
                 error = later
         found = self._session.error_of(error, timeout_s)
@@ -267,7 +269,7 @@ class RaySandboxCall(CallRef):
             error = raw.exception()
             if error is None:
                 if future.set_running_or_notify_cancel():
-                    future.set_result(raw.result())
+                    future.set_result(unpack_result(raw.result()))
             else:
                 # Ray calls this on the thread that its replies come on, which must not wait.
                 self._session.in_background.submit(self._finish, future, error)
@@ -331,7 +333,7 @@ class RaySandboxStream(ItemStream):
         except rays.RayError as error:
             self._fail(error)
         self._confirm()
-        return item
+        return unpack_result(item)
 
     @override
     async def anext_item(self) -> Any:
@@ -343,7 +345,7 @@ class RaySandboxStream(ItemStream):
         except rays.RayError as error:
             self._fail(error)
         self._confirm()
-        return item
+        return unpack_result(item)
 
     def _fail(self, error: rays.RayError) -> NoReturn:
         self._open = False
