@@ -31,7 +31,7 @@ from ray_backend.registry import Registry
 from ray_backend.sandbox.containers import NodeSurroundings, gpu_ids_of
 from ray_backend.sandbox.engine.labels import OwnerLabels, RayletId
 from ray_backend.sandbox.host import SandboxHost
-from ray_backend.sandbox.plan import AHEAD, SandboxPlan
+from ray_backend.sandbox.plan import AHEAD, SandboxPlan, Unsettled
 
 __all__ = ["SandboxActor"]
 
@@ -73,10 +73,17 @@ class SandboxActor:
 
     # -- control ---------------------------------------------------------------------------------
 
-    async def apothic_start(self) -> None:
-        """Open the session; a failure is raised to all who wait for it."""
+    async def apothic_start(self) -> Unsettled | None:
+        """Open the session; a failure is raised to all who wait for it.
+
+        Returns:
+            None, or what it takes to make it again on this node, before which it does not open.
+        """
+        if not self._plan.may_open:
+            return Unsettled(self._plan, ray.get_runtime_context().get_node_id())
         self._loop = asyncio.get_running_loop()
         await self._host.start()
+        return None
 
     async def apothic_status(self) -> dict[str, Any]:
         """Tell how it is."""

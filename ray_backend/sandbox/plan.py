@@ -7,18 +7,31 @@ import hashlib
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from apothic.options import ClassOptions
 from apothic.values import SandboxSpec
 from ray_backend.registry import Registry
 
-__all__ = ["ACK_EVERY", "AHEAD", "SandboxPlan"]
+__all__ = ["ACK_EVERY", "AHEAD", "SandboxPlan", "Unsettled"]
 
 AHEAD = 8
 """Items, of at most 1 MiB, that a stream may be ahead of its consumer."""
 
 ACK_EVERY = 4
 """Items after which the consumer confirms."""
+
+
+class Unsettled(NamedTuple):
+    """A session that is to be made again on the node that it got its room on.
+
+    Attributes:
+        plan: of the session.
+        node_id: the node.
+    """
+
+    plan: SandboxPlan
+    node_id: str
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class SandboxPlan:
             are many: they are then in the registry.
         arguments_digest: equal for equal ``cwd`` and ``env``.
         blocked: IPv4 addresses that ``network="internet"`` must not reach: the cluster's nodes.
+        settled: the actor can only be on one node, so that each process of it finds the container.
     """
 
     actor_name: str
@@ -47,6 +61,12 @@ class SandboxPlan:
     env: bytes | None = field(repr=False)
     arguments_digest: str
     blocked: tuple[str, ...] = ()
+    settled: bool = False
+
+    @property
+    def may_open(self) -> bool:
+        """Whether its actor opens the container; one that is not settled is made again first."""
+        return self.settled or not self.named
 
     @functools.cached_property
     def spec(self) -> SandboxSpec:

@@ -26,6 +26,7 @@ from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
 from apothic.values import CloseReport
 from ray_backend import ray_api
 from ray_backend.actors.gate import CONSUMER_KEY
+from ray_backend.moves import find_other_actor
 from ray_backend.sandbox.plan import ACK_EVERY
 from ray_backend.translate import translate, was_never_sent
 
@@ -89,6 +90,18 @@ class RaySandbox(SandboxRef):
         """The Ray actor handle."""
         return self._actor
 
+    @property
+    def name(self) -> str:
+        """The actor's name."""
+        handle = self._handle
+        return session_actor_name(handle.app, handle.sandbox, handle.sandbox_id)
+
+    @property
+    def actor_id(self) -> str:
+        """The actor's id, in hex."""
+        found: str = self._actor._actor_id.hex()
+        return found
+
     @override
     def call(self, verb: str, *args: Any) -> CallRef:
         self._check_open()
@@ -109,7 +122,8 @@ class RaySandbox(SandboxRef):
 
     @override
     def wait_ready(self) -> None:
-        if self.request is not None:
+        # One that is reached by a handle may still wait for room if somebody chose its id.
+        if self.request is not None or self._handle.named:
             self._sandboxes.wait_ready(self)
             self.request = None
 
@@ -155,18 +169,31 @@ class RaySandbox(SandboxRef):
 
     def stop(self) -> CloseReport:
         """Have the manager stop it, which sees to it even if this process ends meanwhile."""
-        name = self._name
-        return self._sandboxes.client.manager.close(name, self._actor._actor_id.hex())
+        return self._sandboxes.client.manager.close(self.name, self.actor_id)
 
     @override
     def release(self) -> None:
-        name, holder = self._name, self._sandboxes.client.holder
+        name, holder = self.name, self._sandboxes.client.holder
         self._sandboxes.client.manager.ask(lambda manager: manager.release.remote(name, holder))
 
     def follow(self, other: RaySandbox) -> None:
         """Go on with another actor of the same name."""
         self._actor, self._handle, self.placement = other._actor, other._handle, other.placement
         self._closed = False
+
+    def go_to(self, actor: Any, placement: Placement | None) -> None:
+        """Go on with the actor that has taken this session over, before anything of it was made."""
+        self._actor, self.placement = actor, placement
+
+    def follow_successor(self) -> bool:
+        """Go on with the actor that took over where this one waited for room; False where none did."""
+        if not self._sandboxes.registry.was_moved(self.actor_id):
+            return False
+        actor = find_other_actor(self.name, self.actor_id)
+        if actor is None:
+            return False
+        self.go_to(actor, None)
+        return True
 
     def cancel(self, task_id: str, wait_s: float = 0.0) -> None:
         """End a verb, wherever it is; wait up to ``wait_s`` until nothing of it is alive."""
@@ -210,11 +237,6 @@ class RaySandbox(SandboxRef):
     def in_background(self) -> Any:
         """The threads for what must not wait on Ray's own."""
         return self._sandboxes.client.background
-
-    @property
-    def _name(self) -> str:
-        handle = self._handle
-        return session_actor_name(handle.app, handle.sandbox, handle.sandbox_id)
 
     def _check_open(self) -> None:
         if self._closed:
