@@ -57,12 +57,13 @@ class SandboxActor:
         self._gates: dict[str, AsyncStreamGate] = {}
         self._cancelled: dict[str, None] = {}
         self._me = context.current_actor
+        node_id = context.get_node_id()
         restarted = restart_count(context.get_actor_id()) > 0
         self._host = SandboxHost(
             plan,
             _surroundings(plan, self._registry),
             was_ready=restarted and self._registry.start_record(plan.actor_name).was_ready,
-            started=lambda: self._registry.note_ready(plan.actor_name),
+            started=lambda: self._registry.note_ready(plan.actor_name, node_id),
         )
         stop_on_sigterm(self._stop_from_thread, self._remove)
         stop_when_parent_dies(self._stop_from_thread)

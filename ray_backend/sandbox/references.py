@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ __all__ = ["RaySandbox", "session_actor_name"]
 
 RESTART_S = 60.0
 """Seconds to wait for a named session's process to come back before a verb fails."""
+
+CAUSE_WAIT_S = 5.0
+"""Seconds to wait until the cluster knows why an actor ended."""
 
 CLOSE_WAIT_S = 30.0
 """Seconds that closing a stream waits for its program to be dead; the session goes on killing it."""
@@ -76,6 +80,7 @@ class RaySandbox(SandboxRef):
         self._actor = actor
         self.request = request
         self.placement = placement
+        self._node_id = (placement and placement.node_id) or ""
         self.label = f"{handle.app}.{handle.sandbox} {handle.sandbox_id!r}"
         self._closed = False
 
@@ -178,12 +183,14 @@ class RaySandbox(SandboxRef):
 
     def follow(self, other: RaySandbox) -> None:
         """Go on with another actor of the same name."""
-        self._actor, self._handle, self.placement = other._actor, other._handle, other.placement
+        self.go_to(other._actor, other.placement)
+        self._handle = other._handle
         self._closed = False
 
     def go_to(self, actor: Any, placement: Placement | None) -> None:
         """Go on with the actor that has taken this session over, before anything of it was made."""
         self._actor, self.placement = actor, placement
+        self._node_id = (placement and placement.node_id) or ""
 
     def follow_successor(self) -> bool:
         """Go on with the actor that took over where this one waited for room; False where none did."""
@@ -208,18 +215,52 @@ class RaySandbox(SandboxRef):
         if isinstance(error, rays.RayTaskError) and isinstance(cause, ApothicError):
             return cause
         if isinstance(error, rays.ActorUnavailableError) and self._handle.named:
-            return SandboxLostError(
-                f"{self.label}: its process was replaced while this ran, which may or may not have had "
-                f"effects. The session goes on, with its files and what runs in the background."
-            )
+            return self._interrupted()
         found = translate(error, self.label, timeout_s=waited_s)
         if isinstance(found, InstanceClosedError):
             return self._closed_error()
-        if isinstance(found, InstanceLostError):
-            return SandboxLostError(
-                f"{self.label} was lost: its process or its node died. Open another session. {found}"
-            )
+        if isinstance(found, InstanceLostError) or isinstance(error, rays.ActorUnschedulableError):
+            return SandboxLostError(f"{self.label} was lost: {self._cause()} Open another session.")
         return found
+
+    def _interrupted(self) -> BaseException:
+        """Wait for what becomes of a named session whose process ended during a verb; tell that."""
+        try:
+            self.wait_for_restart()
+        except (rays.ActorUnavailableError, rays.GetTimeoutError):
+            return SandboxLostError(
+                f"{self.label}: its process ended while this ran, and has not come back within "
+                f"{RESTART_S:g} s. It comes back on its node when that has room and answers."
+            )
+        except (rays.RayError, ApothicError) as error:
+            return self.error_of(error)
+        return SandboxLostError(
+            f"{self.label}: its process was replaced while this ran, which may or may not have had "
+            f"effects. The session goes on, with its files and what runs in the background."
+        )
+
+    def _cause(self) -> str:
+        """Tell what became of the actor, once the cluster knows; a lost node is noticed late."""
+        if self._sandboxes.is_proxy:
+            return "its process or its node died."
+        deadline = time.monotonic() + CAUSE_WAIT_S
+        while True:
+            seat = ray_api.actor_seat(self.actor_id)
+            if seat is None or seat.state == "DEAD" or time.monotonic() > deadline:
+                break
+            time.sleep(_RETRY_STEP_S)
+        death = "" if seat is None else " ".join(seat.death.split())
+        node_id = "" if seat is None else seat.node_id
+        if seat is None or seat.unschedulable:
+            node_id = self._sandboxes.registry.start_record(self.name).node_id or self._node_id
+        node = next((each for each in ray_api.live_nodes() if each["NodeID"] == node_id), None)
+        if node is not None and node["Alive"]:
+            return f"its process on node {node_id} ended. Ray says: {death}"
+        why = "" if node is None else node.get("DeathReasonMessage", "")
+        return (
+            f"its node{f' {node_id}' if node_id else ''} died{f' ({why})' if why else ''}, and its "
+            f"container and its files with it."
+        )
 
     def wait_for_restart(self) -> None:
         """Wait until a named session whose process was replaced takes verbs again."""
@@ -363,7 +404,8 @@ class RaySandboxStream(ItemStream):
             self._open = False
             raise
         except rays.RayError as error:
-            self._fail(error)
+            # Off the loop: it may wait to learn what became of the session.
+            await asyncio.wrap_future(self._session.in_background.submit(self._fail, error))
         self._confirm()
         return item
 

@@ -232,13 +232,18 @@ class Sandboxes:
                     watch.look()
                     time.sleep(_RETRY_STEP_S)
                     continue
-                found = session.error_of(error)
                 request = session.request
-                again = request is not None and request.named and session.placement is None
+                mine = session.placement is not None
+                node_left = isinstance(error, rays.ActorUnschedulableError)
+                if request is not None and mine and node_left and time.monotonic() < deadline:
+                    session.follow(self.start(request))  # finds what there is now
+                    continue
+                found = session.error_of(error)
+                again = request is not None and request.named and not mine
                 gone = isinstance(found, SandboxClosedError | SandboxLostError)
                 if not (again and gone) or time.monotonic() > deadline:
                     self._give_up(session)
-                    if session.placement is not None and isinstance(error, rays.RayActorError):
+                    if mine and isinstance(error, rays.RayActorError):
                         found = SandboxStartError(
                             f"{session.label} could not be opened: its process ended meanwhile. "
                             f"{found}"

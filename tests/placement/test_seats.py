@@ -26,6 +26,7 @@ def seat(name: str = "app:Model:a%2Fb", on: str = "g", **changes: Any) -> ActorS
             "label_selector": {},
             "runtime_env": {},
             "unschedulable": False,
+            "death": "",
             "end_unix_ms": 0,
             **changes,
         }
