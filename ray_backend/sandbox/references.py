@@ -28,6 +28,7 @@ from apothic.values import CloseReport
 from ray_backend import ray_api
 from ray_backend.actors.gate import CONSUMER_KEY
 from ray_backend.moves import find_other_actor
+from ray_backend.names import SESSION_MARK
 from ray_backend.sandbox.plan import ACK_EVERY
 from ray_backend.translate import translate, was_never_sent
 
@@ -50,8 +51,8 @@ _RETRY_STEP_S = 0.05
 
 
 def session_actor_name(app: str, sandbox: str, sandbox_id: str) -> str:
-    """Give the name of a session's actor; no class is named with ``~``."""
-    return actor_name(app, f"~{sandbox}", sandbox_id)
+    """Give the name of a session's actor."""
+    return actor_name(app, f"{SESSION_MARK}{sandbox}", sandbox_id)
 
 
 class RaySandbox(SandboxRef):
