@@ -228,11 +228,6 @@ class RaySandbox(SandboxRef):
         """Wait for what becomes of a named session whose process ended during a verb; tell that."""
         try:
             self.wait_for_restart()
-        except (rays.ActorUnavailableError, rays.GetTimeoutError):
-            return SandboxLostError(
-                f"{self.label}: its process ended while this ran, and has not come back within "
-                f"{RESTART_S:g} s. It comes back on its node when that has room and answers."
-            )
         except (rays.RayError, ApothicError) as error:
             return self.error_of(error)
         return SandboxLostError(
@@ -264,15 +259,22 @@ class RaySandbox(SandboxRef):
         )
 
     def wait_for_restart(self) -> None:
-        """Wait until a named session whose process was replaced takes verbs again."""
+        """Wait until a named session whose process was replaced takes verbs again.
+
+        Raises:
+            SandboxLostError: it is not back in time.
+        """
         deadline = time.monotonic() + RESTART_S
         while True:
             try:
                 ray.get(self._actor.apothic_start.remote(), timeout=RESTART_S)
                 return
-            except rays.ActorUnavailableError:
+            except (rays.ActorUnavailableError, rays.GetTimeoutError):
                 if time.monotonic() > deadline:
-                    raise
+                    raise SandboxLostError(
+                        f"{self.label}: its process ended and has not come back within {RESTART_S:g} "
+                        f"s. It comes back as soon as its node has room and answers; try again then."
+                    ) from None
                 time.sleep(_RETRY_STEP_S)
 
     @property

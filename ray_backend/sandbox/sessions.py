@@ -105,9 +105,10 @@ class Sandboxes:
         Its container will be there, so that a process of it that ends must come back there. It was
         not bound from the start, since it waited for room wherever that came first.
 
+        Where somebody else is at it, or closes it, this does nothing.
+
         Raises:
             NoMatchingOfferError: when nothing can run it any more; then it is gone.
-            SandboxClosedError: when it was closed meanwhile.
         """
         plan, node_id = unsettled
 
@@ -121,8 +122,8 @@ class Sandboxes:
         if launched is not None:
             mine = session.placement is not None
             session.go_to(launched.actor, launched.placement if mine else None)
-        elif not session.follow_successor():
-            raise SandboxClosedError(f"{session.label} was closed while it waited for room.")
+        else:
+            time.sleep(_RETRY_STEP_S)
 
     def find_spec(self, digest: str) -> SandboxSpec | None:
         """Read a definition."""
