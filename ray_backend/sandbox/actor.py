@@ -16,7 +16,13 @@ from typing import Any
 
 import ray
 
-from apothic.errors import JobCancelledError, SandboxStartError
+from apothic.errors import (
+    JobCancelledError,
+    SandboxClosedError,
+    SandboxError,
+    SandboxLostError,
+    SandboxStartError,
+)
 from apothic.session_core import STREAMS, VERBS
 from ray_backend.actors.compile import (
     CONTROL_GROUP,
@@ -57,7 +63,8 @@ class SandboxActor:
         self._gates: dict[str, AsyncStreamGate] = {}
         self._cancelled: dict[str, None] = {}
         self._me = context.current_actor
-        node_id = context.get_node_id()
+        self._node_id = node_id = context.get_node_id()
+        self._node_died = False
         restarted = restart_count(context.get_actor_id()) > 0
         self._host = SandboxHost(
             plan,
@@ -66,7 +73,7 @@ class SandboxActor:
             started=lambda: self._registry.note_ready(plan.actor_name, node_id),
         )
         stop_on_sigterm(self._stop_from_thread, self._remove)
-        stop_when_parent_dies(self._stop_from_thread)
+        stop_when_parent_dies(self._stop_with_the_node)
         if restarted:
             threading.Thread(
                 target=start_by_itself, args=(self._me,), name="apothic-restart", daemon=True
@@ -81,7 +88,7 @@ class SandboxActor:
             None, or what it takes to make it again on this node, before which it does not open.
         """
         if not self._plan.may_open:
-            return Unsettled(self._plan, ray.get_runtime_context().get_node_id())
+            return Unsettled(self._plan, self._node_id)
         self._loop = asyncio.get_running_loop()
         await self._host.start()
         return None
@@ -120,6 +127,8 @@ class SandboxActor:
             return await getattr(await self._core(), verb)(*args)
         except asyncio.CancelledError:
             raise self._cancelled_error() from None
+        except SandboxClosedError as error:
+            raise self._why_closed(error) from None
         finally:
             self._leave(task_id)
 
@@ -142,6 +151,8 @@ class SandboxActor:
                 raise self._cancelled_error()
         except asyncio.CancelledError:
             raise self._cancelled_error() from None
+        except SandboxClosedError as error:
+            raise self._why_closed(error) from None
         finally:
             del self._gates[task_id]
             self._leave(task_id)
@@ -196,6 +207,18 @@ class SandboxActor:
     def _stop_from_thread(self) -> None:
         with contextlib.suppress(Exception):  # a sweep removes what is left
             self._begin_stop().result(STOP_WAIT_S)
+
+    def _stop_with_the_node(self) -> None:
+        self._node_died = True
+        self._stop_from_thread()
+
+    def _why_closed(self, error: SandboxClosedError) -> SandboxError:
+        if not self._node_died:
+            return error
+        return SandboxLostError(
+            f"{self._plan.label} was lost: its node {self._node_id} died: Ray ended there. Open "
+            f"another session."
+        )
 
     def _remove(self) -> None:
         """Remove this actor for good, so that its name is free."""
