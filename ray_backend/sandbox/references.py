@@ -251,7 +251,8 @@ class RaySandbox(SandboxRef):
             node_id = self._sandboxes.registry.start_record(self.name).node_id or self._node_id
         node = next((each for each in ray_api.live_nodes() if each["NodeID"] == node_id), None)
         if node is not None and node["Alive"]:
-            return f"its process on node {node_id} ended. Ray says: {death}"
+            told = f"Ray says: {death}" if death else "Ray does not know yet why."
+            return f"its process on node {node_id} ended. {told}"
         why = "" if node is None else node.get("DeathReasonMessage", "")
         return (
             f"its node{f' {node_id}' if node_id else ''} died{f' ({why})' if why else ''}, and its "
