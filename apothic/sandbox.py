@@ -198,8 +198,9 @@ class Sandbox:
     ) -> SandboxSession:
         """Get or create the session of an id, free of races. It lives until it is closed.
 
-        It outlives its creators. When its actor dies it comes back with files, working directory,
-        variables and background processes.
+        It outlives its creators. When its actor dies it comes back, on its node, with files, working
+        directory, variables and background processes. When that node dies it is lost, and this verb
+        opens another on a node that qualifies.
 
         Args:
             sandbox_id: its id: 1 to 128 printable characters.

@@ -46,8 +46,9 @@ from ray_backend.connection import ensure_connected
 from ray_backend.instances import RayInstance
 from ray_backend.launch import Launched, launch
 from ray_backend.leases import PINNED
-from ray_backend.manager import instance_names, remove_actor
+from ray_backend.manager import instance_names
 from ray_backend.manager_link import ManagerLink
+from ray_backend.moves import find_other_actor, take_over
 from ray_backend.names import NAMESPACE
 from ray_backend.placement.catalogue import Catalogue
 from ray_backend.placement.live import ClusterView, Placeable, explain, offers_table
@@ -65,9 +66,6 @@ EXIT_WAIT_S = 60.0
 
 SUCCESSOR_WAIT_S = 15.0
 """Seconds to wait for the process after one that hung, which says what became of its calls."""
-
-REVIVAL_WAIT_S = 5.0
-"""Seconds to wait for an instance that is made again because its nodes are gone."""
 
 _lock = threading.Lock()
 _client: RayClient | None = None
@@ -268,15 +266,11 @@ class RayClient(ControlPlaneClient):
         assert request is not None
         assert instance.placement is not None
         name, actor_id = self._name(instance.handle), instance.native._actor_id.hex()
-        if not self.manager.ask(lambda manager: manager.begin_move.remote(name, actor_id)):
-            return False
-        try:
-            launched = self._launch(request, name, instance.handle.spec_digest)
-        except BaseException:
-            self.manager.ask(lambda manager: manager.forget.remote(name))
-            raise
-        if not self.manager.ask(lambda manager: manager.end_move.remote(name)):
-            remove_actor(name)
+        digest = instance.handle.spec_digest
+        launched = take_over(
+            self.manager, name, actor_id, lambda: self._launch(request, name, digest)
+        )
+        if launched is None:
             return False
         instance.follow(launched.actor, launched.placement)
         return True
@@ -312,14 +306,7 @@ class RayClient(ControlPlaneClient):
         name = self._name(handle)
         if not self.registry.was_moved(actor_id) and not self._lost_its_nodes(handle, actor_id):
             return None
-        deadline = time.monotonic() + REVIVAL_WAIT_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(ValueError):
-                actor = ray.get_actor(name, namespace=NAMESPACE)
-                if actor._actor_id.hex() != actor_id:
-                    return actor
-            time.sleep(0.02)
-        return None
+        return find_other_actor(name, actor_id)
 
     def _lost_its_nodes(self, handle: ClassInstanceHandle, actor_id: str) -> bool:
         if not handle.named or self.is_proxy:

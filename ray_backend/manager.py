@@ -99,16 +99,16 @@ class Manager:
         self._book.begin_stop(name)
         return self._stop(name)
 
-    def begin_move(self, name: str, actor_id: str) -> bool:
+    def begin_move(self, name: str, actor_id: str, has_room: bool = False) -> bool:
         """Remove an actor that waits for room, so that another takes its name and lease.
 
         Nobody else gets the name before `end_move`. False when there is nothing to move: the actor
-        has its room by now, is another one, or is being stopped.
+        has its room by now, unless with ``has_room``, is another one, or is being stopped.
         """
         if not self._book.pause(name):
             return False
         seat = ray_api.actor_seat(actor_id)
-        if seat is None or not seat.waits or actor_of(name) != actor_id:
+        if seat is None or not (seat.waits or has_room) or actor_of(name) != actor_id:
             self._book.resume(name)
             return False
         self._registry.mark_moved(actor_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MANAGER_NAME", "NAMESPACE", "PROTOCOL_VERSION"]
+__all__ = ["MANAGER_NAME", "NAMESPACE", "PROTOCOL_VERSION", "SESSION_MARK"]
 
 NAMESPACE = "apothic"
 """The Ray namespace of all our actors: jobs have an anonymous one each and would not meet."""
@@ -11,3 +11,6 @@ PROTOCOL_VERSION = 1
 """Of the manager and what lies in the registry; two may live on a cluster side by side."""
 
 MANAGER_NAME = f"apothic-manager-v{PROTOCOL_VERSION}"
+
+SESSION_MARK = "~"
+"""Before a sandbox's name in the names of its sessions' actors; no class is named with it."""

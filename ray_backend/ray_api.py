@@ -83,12 +83,14 @@ class ActorSeat(NamedTuple):
         namespace: of the name.
         class_name: its class.
         state: ``PENDING_CREATION``, ``ALIVE``, ``RESTARTING``, ``DEAD`` or ``DEPENDENCIES_UNREADY``.
-        node_id: the node that it is on or that it queues at, in hex; empty when there is none.
+        node_id: the node that it is on, was on or queues at, in hex; empty when there is none. Where
+            it is unschedulable, any.
         seated: whether that node has granted it a worker.
         resources: what it takes.
         label_selector: the labels that its node must have.
         runtime_env: the runtime environment as Ray keeps it, all its parents' merged in.
         unschedulable: it died because the node that it asked for is gone.
+        death: why it died, in Ray's words; empty while it has not.
         end_unix_ms: when it died; 0 while it has not.
     """
 
@@ -103,6 +105,7 @@ class ActorSeat(NamedTuple):
     label_selector: Mapping[str, str]
     runtime_env: Mapping[str, Any]
     unschedulable: bool
+    death: str
     end_unix_ms: int
 
     @property
@@ -145,8 +148,14 @@ def _seat(raw: bytes) -> ActorSeat:
         dict(record.label_selector),
         environment,
         record.death_cause.HasField("actor_unschedulable_context"),
+        _death(record.death_cause),
         record.end_time,
     )
+
+
+def _death(cause: Any) -> str:
+    died, unschedulable = cause.actor_died_error_context, cause.actor_unschedulable_context
+    return str(died.error_message or unschedulable.error_message)
 
 
 def restart_count(actor_id: str | None) -> int:

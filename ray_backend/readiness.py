@@ -243,7 +243,7 @@ class PlacementWatch(Generic[W]):
             found, view = self._place()
         except NoMatchingOfferError:
             return  # its nodes have left; they may come back before the deadline
-        if not found.plan.has_room or found.choice.demand == current.choice.demand:
+        if not current.is_worth_leaving_for(found):
             return
         patience_s = SETUP_WAIT_S * math.pow(2, self._moves)
         if queued_s < patience_s and may_be_starting(seat, view, ray_api.actor_seats()):

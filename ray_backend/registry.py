@@ -26,10 +26,12 @@ class StartRecord(NamedTuple):
     Attributes:
         begun: starts since it was last ready.
         was_ready: it has been ready once.
+        node_id: where that was; for sandbox sessions only.
     """
 
     begun: int
     was_ready: bool
+    node_id: str = ""
 
 
 class Registry:
@@ -270,9 +272,9 @@ class Registry:
         found = self.start_record(actor_name)
         self._put_start(actor_name, found._replace(begun=found.begun + 1))
 
-    def note_ready(self, actor_name: str) -> None:
-        """Note that the start has come to its end."""
-        self._put_start(actor_name, StartRecord(0, was_ready=True))
+    def note_ready(self, actor_name: str, node_id: str = "") -> None:
+        """Note that the start has come to its end, and on which node."""
+        self._put_start(actor_name, StartRecord(0, was_ready=True, node_id=node_id))
 
     def start_record(self, actor_name: str) -> StartRecord:
         """Tell how an instance's starts went."""

@@ -77,7 +77,7 @@ class WorkerServices:
         if not self.restarted:
             return
         hung = self._report_hang()
-        begun, was_ready = self._registry.start_record(self._plan.actor_name)
+        begun, was_ready, _ = self._registry.start_record(self._plan.actor_name)
         if begun >= (MAX_STARTS if was_ready else 1):
             raise RemoteFailure(
                 "start",

@@ -70,6 +70,7 @@ class Choice:
         room: how many such containers have room now.
         rank: place in the ``gpu`` list.
         cost_per_hour_usd: price of the slice, the highest of its nodes; None when none is stated.
+        room_by_node: the same room, node by node.
     """
 
     demand: Demand
@@ -78,6 +79,7 @@ class Choice:
     room: int
     rank: int
     cost_per_hour_usd: float | None
+    room_by_node: tuple[tuple[str, int], ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,7 @@ def plan(
                 sum(choice.room for choice in choices),
                 0,
                 None,
+                tuple(each for choice in choices for each in choice.room_by_node),
             )
         ]
     ready = sorted((choice for choice in choices if choice.room), key=_by_preference)
@@ -244,6 +247,7 @@ def _choice(bare: Demand, matches: Sequence[Match], gpu_type: str | None, select
         sum(count for _, count in room),
         min(match.rank for match in matches),
         max(known) if len(known) == len(prices) else None,
+        tuple(room),
     )
 
 

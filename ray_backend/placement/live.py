@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -56,10 +57,12 @@ class Placement:
     Attributes:
         plan: every way to run it.
         tied_to: the one node that it must run on, for its host-local volumes; None for any.
+        chosen: the node that was picked for what must stay on the node where it began.
     """
 
     plan: Plan
     tied_to: str | None = None
+    chosen: str | None = None
 
     @property
     def choice(self) -> Choice:
@@ -71,16 +74,49 @@ class Placement:
         """Whether any node may take it, so that no other choice can be better."""
         demand = self.choice.demand
         return not (
-            self.tied_to or demand.resources or demand.label_selector or demand.accelerator_type
+            self.node_id or demand.resources or demand.label_selector or demand.accelerator_type
+        )
+
+    @property
+    def node_id(self) -> str | None:
+        """The only node that it may run on; None for any that the demand reaches."""
+        return self.tied_to or self.chosen
+
+    def with_a_node(self) -> Placement:
+        """Pick one node with room, by chance as far as it has room; itself where none has any."""
+        room = [(node_id, count) for node_id, count in self.choice.room_by_node if count]
+        if self.node_id is not None or not room:
+            return self
+        nodes, counts = zip(*room, strict=True)
+        return replace(self, chosen=random.choices(nodes, weights=counts)[0])
+
+    def on_node(self, node_id: str) -> Placement:
+        """Stay on a node that qualifies, with room or not; itself where it does not."""
+        for choice in self.plan.choices:
+            if any(each == node_id for each, _ in choice.room_by_node):
+                others = (each for each in self.plan.choices if each is not choice)
+                plan = replace(self.plan, choices=(choice, *others))
+                return replace(self, plan=plan, chosen=node_id)
+        return self
+
+    def is_worth_leaving_for(self, found: Placement) -> bool:
+        """Tell whether what queues with this placement had better ask for ``found``, made just now."""
+        if self.chosen is None:
+            return found.plan.has_room and found.choice.demand != self.choice.demand
+        # Where its node has no room and no other has, it waits better without a node.
+        return not any(
+            node_id == self.chosen and count
+            for choice in found.plan.choices
+            for node_id, count in choice.room_by_node
         )
 
     def ray_options(self) -> dict[str, Any]:
         """Give the keyword arguments for an actor's ``.options``."""
         options = self.choice.demand.ray_options()
-        if self.tied_to is not None:
+        if self.node_id is not None:
             options.pop("label_selector", None)
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
-                self.tied_to, soft=False
+                self.node_id, soft=False
             )
         return options
 

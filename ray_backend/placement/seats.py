@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from urllib.parse import unquote
 
-from ray_backend.names import NAMESPACE
+from ray_backend.names import NAMESPACE, SESSION_MARK
 from ray_backend.placement.demand import Plan
 from ray_backend.placement.live import ClusterView
 from ray_backend.ray_api import ActorSeat
@@ -61,5 +61,5 @@ def may_be_starting(seat: ActorSeat, view: ClusterView, seats: Sequence[ActorSea
 def _label(seat: ActorSeat) -> str:
     if seat.namespace == NAMESPACE and seat.name.count(":") >= 2:
         app, cls, instance_id = seat.name.split(":", 2)
-        return f"{app}.{cls} {unquote(instance_id)!r}"
+        return f"{app}.{cls.removeprefix(SESSION_MARK)} {unquote(instance_id)!r}"
     return f"Ray actor {seat.class_name}" + (f" {seat.name!r}" if seat.name else "")

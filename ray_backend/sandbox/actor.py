@@ -16,7 +16,13 @@ from typing import Any
 
 import ray
 
-from apothic.errors import JobCancelledError, SandboxStartError
+from apothic.errors import (
+    JobCancelledError,
+    SandboxClosedError,
+    SandboxError,
+    SandboxLostError,
+    SandboxStartError,
+)
 from apothic.session_core import STREAMS, VERBS
 from ray_backend.actors.compile import (
     CONTROL_GROUP,
@@ -32,7 +38,7 @@ from ray_backend.sandbox.containers import NodeSurroundings, gpu_ids_of
 from ray_backend.sandbox.engine.labels import OwnerLabels, RayletId
 from ray_backend.sandbox.host import SandboxHost
 from ray_backend.sandbox.packed import pack_result, unpack_arguments
-from ray_backend.sandbox.plan import AHEAD, SandboxPlan
+from ray_backend.sandbox.plan import AHEAD, SandboxPlan, Unsettled
 from ray_backend.sandbox.sweeping import sweep_at_arrival
 
 __all__ = ["SandboxActor"]
@@ -60,6 +66,7 @@ class SandboxActor:
         self._cancelled: dict[str, None] = {}
         self._me = context.current_actor
         self._node_id = context.get_node_id()
+        self._node_died = False
         restarted = restart_count(context.get_actor_id()) > 0
         self._host = SandboxHost(
             plan,
@@ -69,7 +76,7 @@ class SandboxActor:
             started=self._note_ready,
         )
         stop_on_sigterm(self._stop_from_thread, self._remove)
-        stop_when_parent_dies(self._stop_from_thread)
+        stop_when_parent_dies(self._stop_with_the_node)
         if restarted:
             threading.Thread(
                 target=start_by_itself, args=(self._me,), name="apothic-restart", daemon=True
@@ -77,14 +84,21 @@ class SandboxActor:
 
     def _note_ready(self) -> None:
         if self._plan.named:  # another has no second process that would ask
-            self._registry.note_ready(self._plan.actor_name)
+            self._registry.note_ready(self._plan.actor_name, self._node_id)
 
     # -- control ---------------------------------------------------------------------------------
 
-    async def apothic_start(self) -> None:
-        """Open the session; a failure is raised to all who wait for it."""
+    async def apothic_start(self) -> Unsettled | None:
+        """Open the session; a failure is raised to all who wait for it.
+
+        Returns:
+            None, or what it takes to make it again on this node, before which it does not open.
+        """
+        if not self._plan.may_open:
+            return Unsettled(self._plan, self._node_id)
         self._loop = asyncio.get_running_loop()
         await self._host.start()
+        return None
 
     async def apothic_status(self) -> dict[str, Any]:
         """Tell how it is."""
@@ -122,6 +136,8 @@ class SandboxActor:
             return pack_result(result)
         except asyncio.CancelledError:
             raise self._cancelled_error() from None
+        except SandboxClosedError as error:
+            raise self._why_closed(error) from None
         finally:
             self._leave(task_id)
 
@@ -144,6 +160,8 @@ class SandboxActor:
                 raise self._cancelled_error()
         except asyncio.CancelledError:
             raise self._cancelled_error() from None
+        except SandboxClosedError as error:
+            raise self._why_closed(error) from None
         finally:
             del self._gates[task_id]
             self._leave(task_id)
@@ -198,6 +216,18 @@ class SandboxActor:
     def _stop_from_thread(self) -> None:
         with contextlib.suppress(Exception):  # a sweep removes what is left
             self._begin_stop().result(STOP_WAIT_S)
+
+    def _stop_with_the_node(self) -> None:
+        self._node_died = True
+        self._stop_from_thread()
+
+    def _why_closed(self, error: SandboxClosedError) -> SandboxError:
+        if not self._node_died:
+            return error
+        return SandboxLostError(
+            f"{self._plan.label} was lost: its node {self._node_id} died: Ray ended there. Open "
+            f"another session."
+        )
 
     def _remove(self) -> None:
         """Remove this actor for good, so that its name is free."""

@@ -322,7 +322,7 @@ async def remove_leftover(plan: SandboxPlan, around: NodeSurroundings) -> None:
         found = engine.inspect(plan.container_name)
         if found is not None and found.labels.get(SESSION) == plan.actor_name:
             engine.remove(found.id)
-        if plan.spec.network == "internet":
+        if plan.network == "internet":
             release_internet(engine, around.owner)
 
     await asyncio.to_thread(remove)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from apothic.image import Image
     from apothic.values import SandboxSpec
 
-__all__ = ["ACK_EVERY", "AHEAD", "SandboxPlan", "SessionOptions"]
+__all__ = ["ACK_EVERY", "AHEAD", "SandboxPlan", "SessionOptions", "Unsettled"]
 
 AHEAD = 8
 """Items, of at most 4 MiB, that a stream may be ahead of its consumer."""
@@ -39,6 +39,18 @@ class SessionOptions(NamedTuple):
     mounts: tuple[StorageMount, ...]
 
 
+class Unsettled(NamedTuple):
+    """A session that is to be made again on the node that it got its room on.
+
+    Attributes:
+        plan: of the session.
+        node_id: the node.
+    """
+
+    plan: SandboxPlan
+    node_id: str
+
+
 @dataclass(frozen=True)
 class SandboxPlan:
     """One session.
@@ -54,6 +66,7 @@ class SandboxPlan:
             are many: they are then in the registry.
         arguments_digest: equal for equal ``cwd`` and ``env``.
         blocked: IPv4 addresses that ``network="internet"`` must not reach: the cluster's nodes.
+        settled: the actor can only be on one node, so that each process of it finds the container.
     """
 
     actor_name: str
@@ -65,6 +78,12 @@ class SandboxPlan:
     env: bytes | None = field(repr=False)
     arguments_digest: str
     blocked: tuple[str, ...] = ()
+    settled: bool = False
+
+    @property
+    def may_open(self) -> bool:
+        """Whether its actor opens the container; one that is not settled is made again first."""
+        return self.settled or not self.named
 
     @property
     def spec(self) -> SandboxSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
 from apothic.values import CloseReport
 from ray_backend import ray_api
 from ray_backend.actors.gate import CONSUMER_KEY
+from ray_backend.moves import find_other_actor
+from ray_backend.names import SESSION_MARK
 from ray_backend.sandbox.packed import pack_arguments, unpack_result
 from ray_backend.sandbox.plan import ACK_EVERY
 from ray_backend.translate import translate, was_never_sent
@@ -39,6 +42,9 @@ __all__ = ["RaySandbox", "session_actor_name"]
 RESTART_S = 60.0
 """Seconds to wait for a named session's process to come back before a verb fails."""
 
+CAUSE_WAIT_S = 5.0
+"""Seconds to wait until the cluster knows why an actor ended."""
+
 CLOSE_WAIT_S = 30.0
 """Seconds that closing a stream waits for its program to be dead; the session goes on killing it."""
 
@@ -46,8 +52,8 @@ _RETRY_STEP_S = 0.05
 
 
 def session_actor_name(app: str, sandbox: str, sandbox_id: str) -> str:
-    """Give the name of a session's actor; no class is named with ``~``."""
-    return actor_name(app, f"~{sandbox}", sandbox_id)
+    """Give the name of a session's actor."""
+    return actor_name(app, f"{SESSION_MARK}{sandbox}", sandbox_id)
 
 
 class RaySandbox(SandboxRef):
@@ -76,6 +82,7 @@ class RaySandbox(SandboxRef):
         self._actor = actor
         self.request = request
         self.placement = placement
+        self._node_id = (placement and placement.node_id) or ""
         self.label = f"{handle.app}.{handle.sandbox} {handle.sandbox_id!r}"
         self._closed = False
 
@@ -89,6 +96,18 @@ class RaySandbox(SandboxRef):
     def native(self) -> Any:
         """The Ray actor handle."""
         return self._actor
+
+    @property
+    def name(self) -> str:
+        """The actor's name."""
+        handle = self._handle
+        return session_actor_name(handle.app, handle.sandbox, handle.sandbox_id)
+
+    @property
+    def actor_id(self) -> str:
+        """The actor's id, in hex."""
+        found: str = self._actor._actor_id.hex()
+        return found
 
     @override
     def call(self, verb: str, *args: Any) -> CallRef:
@@ -110,7 +129,8 @@ class RaySandbox(SandboxRef):
 
     @override
     def wait_ready(self) -> None:
-        if self.request is not None:
+        # One that is reached by a handle may still wait for room if somebody chose its id.
+        if self.request is not None or self._handle.named:
             self._sandboxes.wait_ready(self)
             self.request = None
 
@@ -156,18 +176,33 @@ class RaySandbox(SandboxRef):
 
     def stop(self) -> CloseReport:
         """Have the manager stop it, which sees to it even if this process ends meanwhile."""
-        name = self._name
-        return self._sandboxes.client.manager.close(name, self._actor._actor_id.hex())
+        return self._sandboxes.client.manager.close(self.name, self.actor_id)
 
     @override
     def release(self) -> None:
-        name, holder = self._name, self._sandboxes.client.holder
+        name, holder = self.name, self._sandboxes.client.holder
         self._sandboxes.client.manager.ask(lambda manager: manager.release.remote(name, holder))
 
     def follow(self, other: RaySandbox) -> None:
         """Go on with another actor of the same name."""
-        self._actor, self._handle, self.placement = other._actor, other._handle, other.placement
+        self.go_to(other._actor, other.placement)
+        self._handle = other._handle
         self._closed = False
+
+    def go_to(self, actor: Any, placement: Placement | None) -> None:
+        """Go on with the actor that has taken this session over, before anything of it was made."""
+        self._actor, self.placement = actor, placement
+        self._node_id = (placement and placement.node_id) or ""
+
+    def follow_successor(self) -> bool:
+        """Go on with the actor that took over where this one waited for room; False where none did."""
+        if not self._sandboxes.registry.was_moved(self.actor_id):
+            return False
+        actor = find_other_actor(self.name, self.actor_id)
+        if actor is None:
+            return False
+        self.go_to(actor, None)
+        return True
 
     def cancel(self, task_id: str, wait_s: float = 0.0) -> None:
         """End a verb, wherever it is; wait up to ``wait_s`` until nothing of it is alive."""
@@ -182,40 +217,72 @@ class RaySandbox(SandboxRef):
         if isinstance(error, rays.RayTaskError) and isinstance(cause, ApothicError):
             return cause
         if isinstance(error, rays.ActorUnavailableError) and self._handle.named:
-            return SandboxLostError(
-                f"{self.label}: its process was replaced while this ran, which may or may not have had "
-                f"effects. The session goes on, with its files and what runs in the background."
-            )
+            return self._interrupted()
         found = translate(error, self.label, timeout_s=waited_s)
         if isinstance(found, InstanceClosedError):
             return self._closed_error()
-        if isinstance(found, InstanceLostError):
-            return SandboxLostError(
-                f"{self.label} was lost: its process or its node died. Open another session. {found}"
-            )
+        if isinstance(found, InstanceLostError) or isinstance(error, rays.ActorUnschedulableError):
+            return SandboxLostError(f"{self.label} was lost: {self._cause()} Open another session.")
         return found
 
+    def _interrupted(self) -> BaseException:
+        """Wait for what becomes of a named session whose process ended during a verb; tell that."""
+        try:
+            self.wait_for_restart()
+        except (rays.RayError, ApothicError) as error:
+            return self.error_of(error)
+        return SandboxLostError(
+            f"{self.label}: its process was replaced while this ran, which may or may not have had "
+            f"effects. The session goes on, with its files and what runs in the background."
+        )
+
+    def _cause(self) -> str:
+        """Tell what became of the actor, once the cluster knows; a lost node is noticed late."""
+        if self._sandboxes.is_proxy:
+            return "its process or its node died."
+        deadline = time.monotonic() + CAUSE_WAIT_S
+        while True:
+            seat = ray_api.actor_seat(self.actor_id)
+            if seat is None or seat.state == "DEAD" or time.monotonic() > deadline:
+                break
+            time.sleep(_RETRY_STEP_S)
+        death = "" if seat is None else " ".join(seat.death.split())
+        node_id = "" if seat is None else seat.node_id
+        if seat is None or seat.unschedulable:
+            node_id = self._sandboxes.registry.start_record(self.name).node_id or self._node_id
+        node = next((each for each in ray_api.live_nodes() if each["NodeID"] == node_id), None)
+        if node is not None and node["Alive"]:
+            told = f"Ray says: {death}" if death else "Ray does not know yet why."
+            return f"its process on node {node_id} ended. {told}"
+        why = "" if node is None else node.get("DeathReasonMessage", "")
+        return (
+            f"its node{f' {node_id}' if node_id else ''} died{f' ({why})' if why else ''}, and its "
+            f"container and its files with it."
+        )
+
     def wait_for_restart(self) -> None:
-        """Wait until a named session whose process was replaced takes verbs again."""
+        """Wait until a named session whose process was replaced takes verbs again.
+
+        Raises:
+            SandboxLostError: it is not back in time.
+        """
         deadline = time.monotonic() + RESTART_S
         while True:
             try:
                 ray.get(self._actor.apothic_start.remote(), timeout=RESTART_S)
                 return
-            except rays.ActorUnavailableError:
+            except (rays.ActorUnavailableError, rays.GetTimeoutError):
                 if time.monotonic() > deadline:
-                    raise
+                    raise SandboxLostError(
+                        f"{self.label}: its process ended and has not come back within {RESTART_S:g} "
+                        f"s. It comes back as soon as its node has room and answers; try again then."
+                    ) from None
                 time.sleep(_RETRY_STEP_S)
 
     @property
     def in_background(self) -> Any:
         """The threads for what must not wait on Ray's own."""
         return self._sandboxes.client.background
-
-    @property
-    def _name(self) -> str:
-        handle = self._handle
-        return session_actor_name(handle.app, handle.sandbox, handle.sandbox_id)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -343,7 +410,8 @@ class RaySandboxStream(ItemStream):
             self._open = False
             raise
         except rays.RayError as error:
-            self._fail(error)
+            # Off the loop: it may wait to learn what became of the session.
+            await asyncio.wrap_future(self._session.in_background.submit(self._fail, error))
         self._confirm()
         return unpack_result(item)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -24,13 +25,14 @@ from apothic.options import ClassOptions
 from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
 from apothic.values import SandboxSpec
 from ray_backend.actors.compile import CONTROL_GROUP
-from ray_backend.launch import tied_nodes
+from ray_backend.launch import Launched, tied_nodes
 from ray_backend.leases import PINNED, SANDBOX
+from ray_backend.moves import take_over
 from ray_backend.names import NAMESPACE
 from ray_backend.placement.live import ClusterView, Placement, place
-from ray_backend.readiness import STOPPING_WAIT_S, PlacementWatch
+from ray_backend.readiness import STOPPING_WAIT_S, MovedError, PlacementWatch
 from ray_backend.registry import Registry
-from ray_backend.sandbox.plan import SandboxPlan
+from ray_backend.sandbox.plan import SandboxPlan, Unsettled
 from ray_backend.sandbox.progress import Progress
 from ray_backend.sandbox.references import RaySandbox, session_actor_name
 
@@ -75,8 +77,53 @@ class Sandboxes:
         return self.client.view()
 
     def move(self, session: RaySandbox) -> bool:
-        """Take a session that waits for room to where there is some: not done, it keeps its place."""
-        return False
+        """Replace a session that still waits for room by one that asks for what is free now.
+
+        Only for one that this process made. Its name and its lease stay; False when it has its room
+        by now, or is being closed.
+
+        Raises:
+            NoMatchingOfferError: when nothing can run it any more; then it is gone.
+        """
+        request = session.request
+        assert request is not None
+        digest = session.handle.spec_digest
+        launched = take_over(
+            self.client.manager,
+            session.name,
+            session.actor_id,
+            lambda: self._launch(request, session.name, digest),
+        )
+        if launched is None:
+            return False
+        session.go_to(launched.actor, launched.placement)
+        return True
+
+    def settle(self, session: RaySandbox, unsettled: Unsettled) -> None:
+        """Make a named session again on the node that it got its room on, bound to it.
+
+        Its container will be there, so that a process of it that ends must come back there. It was
+        not bound from the start, since it waited for room wherever that came first.
+
+        Where somebody else is at it, or closes it, this does nothing.
+
+        Raises:
+            NoMatchingOfferError: when nothing can run it any more; then it is gone.
+        """
+        plan, node_id = unsettled
+
+        def make() -> Launched:
+            placement = self._place(self.view(), ClassOptions.model_validate(plan.spec.options))
+            return self._make(plan, placement.on_node(node_id).with_a_node())
+
+        launched = take_over(
+            self.client.manager, session.name, session.actor_id, make, has_room=True
+        )
+        if launched is not None:
+            mine = session.placement is not None
+            session.go_to(launched.actor, launched.placement if mine else None)
+        else:
+            time.sleep(_RETRY_STEP_S)
 
     def find_spec(self, digest: str) -> SandboxSpec | None:
         """Read a definition."""
@@ -92,7 +139,7 @@ class Sandboxes:
         digest = self.client.store(spec, request.blobs)
         self._lease(request, name, digest)
         try:
-            actor, placement = self._launch(request, name, digest)
+            launched = self._launch(request, name, digest)
         except BaseException:
             if _find(name) is None:
                 self.client.manager.ask(lambda manager: manager.forget.remote(name))
@@ -108,10 +155,12 @@ class Sandboxes:
             spec_digest=digest,
             named=request.named,
         )
-        if placement is None:
+        if launched.placement is None:
             lease = self.registry.get_lease(name) or {}
             handle = handle.model_copy(update={"spec_digest": lease.get("spec_digest", digest)})
-        return RaySandbox(self, handle, actor, request=request, placement=placement)
+        return RaySandbox(
+            self, handle, launched.actor, request=request, placement=launched.placement
+        )
 
     def attach(self, handle: SandboxHandle) -> RaySandbox:
         """Reach a live session."""
@@ -169,23 +218,36 @@ class Sandboxes:
         watch = PlacementWatch(self, session)
         while True:
             try:
-                watch.get(session.native.apothic_start.remote(), Progress(session))
-                return
+                start = session.native.apothic_start.remote()
+                unsettled = watch.get(start, Progress(session))
+                if unsettled is None:
+                    return
+                self.settle(session, unsettled)
+                continue
+            except MovedError:
+                continue
             except PlacementError:
                 self._give_up(session)
                 raise
             except rays.RayError as error:
+                if session.follow_successor():
+                    continue
                 if isinstance(error, rays.ActorUnavailableError) and session.handle.named:
                     watch.look()
                     time.sleep(_RETRY_STEP_S)
                     continue
-                found = session.error_of(error)
                 request = session.request
-                again = request is not None and request.named and session.placement is None
+                mine = session.placement is not None
+                node_left = isinstance(error, rays.ActorUnschedulableError)
+                if request is not None and mine and node_left and time.monotonic() < deadline:
+                    session.follow(self.start(request))  # finds what there is now
+                    continue
+                found = session.error_of(error)
+                again = request is not None and request.named and not mine
                 gone = isinstance(found, SandboxClosedError | SandboxLostError)
                 if not (again and gone) or time.monotonic() > deadline:
                     self._give_up(session)
-                    if session.placement is not None and isinstance(error, rays.RayActorError):
+                    if mine and isinstance(error, rays.RayActorError):
                         found = SandboxStartError(
                             f"{session.label} could not be opened: its process ended meanwhile. "
                             f"{found}"
@@ -200,7 +262,7 @@ class Sandboxes:
     def _give_up(self, session: RaySandbox) -> None:
         """Close what this process made; of others' it gives up the lease."""
         with contextlib.suppress(BackendError):
-            if session.placement is not None or self.is_proxy:
+            if session.placement is not None or (self.is_proxy and session.request is not None):
                 session.stop()
             elif not session.handle.named:
                 session.release()
@@ -238,16 +300,16 @@ class Sandboxes:
                 )
             time.sleep(0.01)
 
-    def _launch(
-        self, request: SandboxRequest, name: str, digest: str
-    ) -> tuple[Any, Placement | None]:
+    def _launch(self, request: SandboxRequest, name: str, digest: str) -> Launched:
         """Make the actor, or give the one of this name; a placement says that it was made here."""
         found = _find(name) if request.named else None
         if found is not None:
-            return found, None
+            return Launched(found, None)
         options = ClassOptions.model_validate(request.spec.options)
         view = self.view()
-        placement = place(view, options, tied_nodes(self.registry, options))
+        placement = self._place(view, options)
+        if request.named:
+            placement = placement.with_a_node()
         env: bytes | None = pickle.dumps(dict(request.env))
         if env is not None and len(env) > INLINE_BYTES:
             self.registry.put_blob(self.registry.arguments_key(name), env)
@@ -263,25 +325,32 @@ class Sandboxes:
             arguments_digest=request.arguments_digest,
             blocked=tuple(sorted({str(node["NodeManagerAddress"]) for node in view.nodes})),
         )
+        return self._make(plan, placement)
+
+    def _place(self, view: ClusterView, options: ClassOptions) -> Placement:
+        return place(view, options, tied_nodes(self.registry, options))
+
+    def _make(self, plan: SandboxPlan, placement: Placement) -> Launched:
+        plan = replace(plan, settled=placement.node_id is not None)
         make = _actor_class().options(
             **placement.ray_options(),
-            name=name,
+            name=plan.actor_name,
             namespace=NAMESPACE,
             lifetime="detached",
-            max_restarts=-1 if request.named else 0,
+            max_restarts=-1 if plan.named else 0,
             max_task_retries=0,
             max_concurrency=CONCURRENT_VERBS,
         )
         if self.is_proxy:
-            return make.options(get_if_exists=request.named).remote(plan), None
+            return Launched(make.options(get_if_exists=plan.named).remote(plan), None)
         for attempt in range(CREATION_ATTEMPTS):
             try:
-                return make.remote(plan), placement
+                return Launched(make.remote(plan), placement)
             except ValueError:
-                found = _find(name) if request.named else None
+                found = _find(plan.actor_name) if plan.named else None
                 if found is not None:
-                    return found, None
-                if not request.named or attempt == CREATION_ATTEMPTS - 1:
+                    return Launched(found, None)
+                if not plan.named or attempt == CREATION_ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
 

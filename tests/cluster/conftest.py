@@ -10,8 +10,14 @@ from typing import Any
 
 import pytest
 
+from apothic import App, Image, Sandbox, method
+from apothic.backend import connect
+from ray_backend.sandbox.engine.connection import Engine
+from tests.cluster.recording import RecordingEngine
+from tests.docker.support import left_of
 from tests.support import eventually
 
+IMAGE = Image.from_registry("apothic-test-busybox")
 HERE = os.path.dirname(__file__)
 MIB = 2**20
 
@@ -60,14 +66,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Nodes:
     """The cluster's nodes by a name of ours."""
 
-    def __init__(self, cluster: Any) -> None:
+    def __init__(self, cluster: Any, engine: RecordingEngine) -> None:
         self.cluster = cluster
+        self.engine = engine
         self.by_name: dict[str, Any] = {}
 
-    def add(self, name: str, **options: Any) -> str:
-        """Start a node; give its id."""
+    def add(self, name: str, environment: dict[str, str] | None = None, **options: Any) -> str:
+        """Start a node, with more in its environment; give its id."""
         options = {"num_cpus": 4, "memory": 1024 * MIB, "object_store_memory": 80 * MIB, **options}
-        self.by_name[name] = self.cluster.add_node(**options)
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in {"DOCKER_HOST": self.engine.url, **(environment or {})}.items():
+                patch.setenv(key, value)
+            self.by_name[name] = self.cluster.add_node(**options)
         return self.id(name)
 
     def add_offer(self, name: str, gpu: str | None = None, **options: Any) -> str:
@@ -131,7 +141,10 @@ def nodes() -> Iterator[Nodes]:
     from ray.cluster_utils import Cluster
 
     assert not ray.is_initialized(), "these tests run before the shared cluster, or by themselves"
-    found = Nodes(Cluster(shutdown_at_exit=True))
+    target = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    engine = RecordingEngine(target.removeprefix("unix://"))
+    engine.start()
+    found = Nodes(Cluster(shutdown_at_exit=True), engine)
     found.add("head", num_cpus=2, include_dashboard=False, _system_config=QUICK_DEATH)
     found.add_offer("t4", "T4", num_gpus=2)
     found.add_offer("small", "A100", num_gpus=1)
@@ -153,6 +166,7 @@ def nodes() -> Iterator[Nodes]:
     yield found
     ray.shutdown()
     found.cluster.shutdown()
+    engine.stop()
 
 
 _numbers = itertools.count()
@@ -161,8 +175,6 @@ _numbers = itertools.count()
 @pytest.fixture
 def define(nodes: Nodes) -> Iterator[Callable[..., Any]]:
     """Give a maker of small classes; afterwards no instance and no lease may be left."""
-    from apothic import App, method
-    from ray_backend.manager import instance_names, stop_actor
 
     def make(**options: Any) -> Any:
         app = App(f"cluster-{next(_numbers)}")
@@ -181,6 +193,27 @@ def define(nodes: Nodes) -> Iterator[Callable[..., Any]]:
         return app.cls(**{"cpu": 0, "memory_mb": 10, **options})(Probe)
 
     yield make
+    leave_nothing(nodes)
+
+
+@pytest.fixture
+def sandbox(nodes: Nodes, docker_engine: Engine) -> Iterator[Callable[..., Sandbox]]:
+    """Give a maker of small sandboxes; afterwards no session and no container may be left."""
+    app = App(f"boxes-{next(_numbers)}")
+
+    def make(**options: Any) -> Sandbox:
+        given = {"image": IMAGE, "cpu": 0, "memory_mb": 32, "name": f"s{next(_numbers)}"}
+        return app.sandbox(**{**given, **options})
+
+    yield make
+    leave_nothing(nodes)
+    eventually(lambda: not left_of(docker_engine, connect().cluster_id))
+
+
+def leave_nothing(nodes: Nodes) -> None:
+    """Wait until no actor is left and all nodes are free; remove what a failed test has left."""
+    from ray_backend.manager import instance_names, stop_actor
+
     try:
         eventually(lambda: not instance_names())
         eventually(nodes.are_free)

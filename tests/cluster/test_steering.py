@@ -18,6 +18,36 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 Define = Callable[..., Any]
 
+STEERING: list[tuple[dict[str, Any], str]] = [
+    ({"gpu": "L4"}, "bare"),
+    ({"gpu": "A100"}, "small"),
+    ({"gpu": "A100-80GB"}, "large"),
+    ({"gpu": ["L4", "T4"]}, "bare"),
+    ({"gpu": ["T4", "L4"]}, "t4"),
+    ({"gpu": "A100", "gpu_count": 2}, "large"),
+    ({"min_vram_gb": 41}, "large"),
+    ({"geolocation": "FR"}, "small"),
+    ({"geolocation": ["us-east-1", "XX"]}, "large"),
+    ({"offer_filters": {"verified": {"eq": True}, "reliability": {"gte": 0.99}}}, "large"),
+    ({"offer_filters": {"gpu_name": {"notin": ["A100", "L4"]}}}, "t4"),
+    ({"cpu": 1, "max_cost_per_hour_usd": 0.3}, "t4"),
+    ({"max_cost_per_tflop_hour_usd": 0.03}, "t4"),
+    ({"min_total_flops": 29}, "bare"),
+    ({"min_gpu_ram_bandwidth_gbps": 1900}, "large"),
+    ({"min_cpu_cores": 9}, "large"),
+    ({"min_cpu_cores": 5}, "large"),
+    ({"min_cpu_ram_gb": 3}, "large"),
+    ({"min_cpu_ghz": 3}, "large"),
+    ({"min_disk_bandwidth_mb_s": 1000}, "large"),
+    ({"min_internet_upload_mbps": 500}, "large"),
+    ({"min_internet_download_mbps": 500}, "large"),
+    ({"secure_cloud_only": True}, "large"),
+    ({"disk_gb": 60}, "large"),
+    ({"cpu": 10}, "large"),
+    ({"memory_mb": 2000}, "large"),
+]
+"""Options, and the node that they lead to."""
+
 
 def landed(nodes: Nodes, cls: Any) -> str:
     """Start an instance, give the name of its node, and close it."""
@@ -28,38 +58,7 @@ def landed(nodes: Nodes, cls: Any) -> str:
         return nodes.name(node_id)
 
 
-@pytest.mark.parametrize(
-    ("constraints", "node"),
-    [
-        ({"gpu": "L4"}, "bare"),
-        ({"gpu": "A100"}, "small"),
-        ({"gpu": "A100-80GB"}, "large"),
-        ({"gpu": ["L4", "T4"]}, "bare"),
-        ({"gpu": ["T4", "L4"]}, "t4"),
-        ({"gpu": "A100", "gpu_count": 2}, "large"),
-        ({"min_vram_gb": 41}, "large"),
-        ({"geolocation": "FR"}, "small"),
-        ({"geolocation": ["us-east-1", "XX"]}, "large"),
-        ({"offer_filters": {"verified": {"eq": True}, "reliability": {"gte": 0.99}}}, "large"),
-        ({"offer_filters": {"gpu_name": {"notin": ["A100", "L4"]}}}, "t4"),
-        ({"cpu": 1, "max_cost_per_hour_usd": 0.3}, "t4"),
-        ({"max_cost_per_tflop_hour_usd": 0.03}, "t4"),
-        ({"min_total_flops": 29}, "bare"),
-        ({"min_gpu_ram_bandwidth_gbps": 1900}, "large"),
-        ({"min_cpu_cores": 9}, "large"),
-        ({"min_cpu_cores": 5}, "large"),
-        ({"min_cpu_ram_gb": 3}, "large"),
-        ({"min_cpu_ghz": 3}, "large"),
-        ({"min_disk_bandwidth_mb_s": 1000}, "large"),
-        ({"min_internet_upload_mbps": 500}, "large"),
-        ({"min_internet_download_mbps": 500}, "large"),
-        ({"secure_cloud_only": True}, "large"),
-        ({"disk_gb": 60}, "large"),
-        ({"cpu": 10}, "large"),
-        ({"memory_mb": 2000}, "large"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("constraints", "node"), STEERING, ids=str)
 def test_each_parameter_steers(
     nodes: Nodes, define: Define, constraints: dict[str, Any], node: str
 ) -> None:

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from ray_backend.sandbox.engine.connection import Engine
+from tests.docker.support import left_of
 from tests.jobs.head import Head, bare_python, running_head
+from tests.support import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -64,6 +67,39 @@ def test_two_jobs_share_a_named_instance(head: Head, tmp_path: Path) -> None:
     )
     assert "no instance 'shared' lives on this cluster" in third.stderr
     assert third.returncode == 1
+
+
+SESSION_JOB = """
+from apothic import App, Image
+from apothic.backend import connect
+
+image = Image.from_registry("apothic-test-busybox")
+box = App("job").sandbox(image=image, cpu=0, memory_mb=64)
+with box.create(cwd="/work") as session:
+    session.write_text("word", "from inside")
+    print("SAID", session.exec("cat word").check().stdout)
+left_open = box.create()
+left_open.exec(["sh", "-c", "sleep 1000 &"]).check()
+print("CLUSTER", connect().cluster_id)
+"""
+
+
+@pytest.mark.docker
+def test_a_job_opens_sessions_and_leaves_nothing(
+    head: Head, tmp_path: Path, docker_engine: Engine
+) -> None:
+    """The agent comes with the package; what the job left open is closed at its end."""
+    (tmp_path / "session_job.py").write_text(SESSION_JOB)
+    with_modules = json.dumps({"py_modules": [str(ROOT / "apothic"), str(ROOT / "ray_backend")]})
+    said = head.submit(
+        "python session_job.py",
+        "--working-dir", str(tmp_path), "--runtime-env-json", with_modules,
+    )  # fmt: skip
+    assert "SAID from inside" in said
+    found = re.search(r"CLUSTER (\w+)", said)
+    assert found is not None
+    cluster = found[1]
+    eventually(lambda: not left_of(docker_engine, cluster))
 
 
 def test_a_cluster_without_the_package_says_so(head: Head) -> None:

@@ -26,6 +26,7 @@ def seat(name: str = "app:Model:a%2Fb", on: str = "g", **changes: Any) -> ActorS
             "label_selector": {},
             "runtime_env": {},
             "unschedulable": False,
+            "death": "",
             "end_unix_ms": 0,
             **changes,
         }
@@ -40,6 +41,7 @@ def test_holders_are_those_with_room_on_the_nodes_that_would_do():
     seats = [
         seat(),
         seat("app:Model:elsewhere", on="c"),
+        seat("app:~shell:box"),
         seat("app:Model:dead", state="DEAD"),
         seat("app:Model:queues", seated=False, state="PENDING_CREATION"),
         seat("apothic-manager-v1", resources={}),
@@ -50,6 +52,7 @@ def test_holders_are_those_with_room_on_the_nodes_that_would_do():
         "Ray actor Trainer",
         "Ray actor Trainer 'theirs'",
         "app.Model 'a/b'",
+        "app.shell 'box'",
     ]
 
 

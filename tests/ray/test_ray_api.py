@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -95,6 +96,11 @@ def test_free_resources_follow_what_runs(ray_cluster: str) -> None:
     eventually(lambda: free("CPU") == total["CPU"])
 
 
+def _dead(actor: Any) -> ray_api.ActorSeat | None:
+    seat = ray_api.actor_seat(actor._actor_id.hex())
+    return seat if seat is not None and seat.state == "DEAD" else None
+
+
 def test_seats_tell_who_queues_who_sits_and_who_cannot_be_placed(ray_cluster: str) -> None:
     node_id = ray.get_runtime_context().get_node_id()
     environment = {"env_vars": {"CONTRACT": "1"}}
@@ -121,6 +127,9 @@ def test_seats_tell_who_queues_who_sits_and_who_cannot_be_placed(ray_cluster: st
     gone = Plain.options(num_cpus=0, label_selector={"ray.io/node-id": "f" * 56}).remote()
     eventually(lambda: (ray_api.actor_seat(gone._actor_id.hex()) or waits).unschedulable)
     ray.kill(actor)
+    ended = eventually(lambda: _dead(actor))
+    assert ended.node_id == node_id
+    assert "ray.kill" in ended.death
     assert ray_api.actor_seat("ff" * 16) is None
 
 

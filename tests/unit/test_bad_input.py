@@ -142,8 +142,11 @@ OPTIONS: list[tuple[dict[str, object], tuple[str, str, str]]] = [
 ]
 
 
-BAD_OPTIONS = [*({name: value} for name, value in VALUES), *(given for given, _ in OPTIONS)]
-"""All of them; sandboxes refuse the same."""
+BAD_OPTIONS: list[tuple[dict[str, object], tuple[str, ...]]] = [
+    *(({name: value}, (f"{name}={value!r}", *RULES[name])) for name, value in VALUES),
+    *OPTIONS,
+]
+"""All of them, with what their messages say; sandboxes refuse the same."""
 
 
 @pytest.mark.parametrize(("options", "parts"), OPTIONS, ids=repr)

@@ -21,13 +21,24 @@ from tests.unit.test_bad_input import BAD_OPTIONS
 
 
 @pytest.mark.parametrize(
-    "options", [*BAD_OPTIONS, {"network": "host"}, {"network": None}, {"name": None}], ids=repr
+    ("options", "parts"),
+    [
+        *BAD_OPTIONS,
+        ({"network": "host"}, ("network='host'",)),
+        ({"network": None}, ("network=None",)),
+        ({"name": None}, ("None",)),
+    ],
+    ids=repr,
 )
-def test_bad_options_are_refused_where_they_stand(options: dict[str, Any]) -> None:
+def test_bad_options_are_refused_where_they_stand(
+    options: dict[str, Any], parts: tuple[str, ...]
+) -> None:
     app = App("bad")
     with pytest.raises(InvalidOptionError) as caught:
         app.sandbox(**options)
-    assert len(str(caught.value)) > 40
+    text = str(caught.value)
+    for part in parts:
+        assert part in text
     assert app.sandboxes == {}
 
 

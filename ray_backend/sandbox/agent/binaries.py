@@ -38,7 +38,9 @@ def agent_binary(machine: str) -> Path:
         raise EnvironmentSetupError(
             f"the sandbox agent {path} is missing; in a checkout, build it with "
             "`python -m ray_backend.sandbox.agent.build` (needs the package ziglang) or install "
-            "the checkout with pip, elsewhere install the package again"
+            "the checkout with pip, elsewhere install the package again; a job whose working_dir is "
+            "the checkout leaves it out, as .gitignore says: add the folders apothic and ray_backend "
+            "as py_modules"
         )
     return path
 
