@@ -89,20 +89,26 @@ def table(scores: list[Score]) -> str:
     return "\n".join(rows)
 
 
-async def main() -> None:
+async def run(sessions: int, parallel: int) -> None:
     """Run the rollouts and print their results."""
+    began = time.perf_counter()
+    limit = asyncio.Semaphore(parallel)
+    rollouts = [asyncio.create_task(run_one(number, limit)) for number in range(sessions)]
+    scores = await with_progress(rollouts)
+    took_s = time.perf_counter() - began
+    print(f"{sessions} sessions, {parallel} at once, in {took_s:.1f} s")
+    print(table(scores))
+
+
+def main() -> None:
+    """Connect, then run the rollouts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sessions", type=int, default=16)
     parser.add_argument("--parallel", type=int, default=8, help="sessions that live at once")
     given = parser.parse_args()
-    began = time.perf_counter()
-    limit = asyncio.Semaphore(given.parallel)
-    rollouts = [asyncio.create_task(run_one(number, limit)) for number in range(given.sessions)]
-    scores = await with_progress(rollouts)
-    took_s = time.perf_counter() - began
-    print(f"{given.sessions} sessions, {given.parallel} at once: {took_s:.1f} s")
-    print(table(scores))
+    print(f"connected to cluster {app.client.cluster_id[:8]}")  # not part of what is measured
+    asyncio.run(run(given.sessions, given.parallel))
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()
