@@ -1,10 +1,10 @@
-"""What a coding agent does all day: write a package into a sandbox, run its tests, patch it, run them again.
+"""What a coding agent does all day: write a package, run its tests, patch it, run them again.
 
     python examples/agent_workspace.py
 
-It needs a Docker engine where Ray runs. The image has Python and pytest: one is made from Docker Hub's at
-the first run, or ``APOTHIC_EXAMPLE_IMAGE`` names one that is there. Nothing is cloned or fetched while the
-session runs, which has no network.
+It needs a Docker engine where Ray runs. The image has Python and pytest: one is made from Docker Hub's
+at the first run, or ``APOTHIC_EXAMPLE_IMAGE`` names one that is there. Nothing is cloned or fetched
+while the session runs: it has no network.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def from_roman(text: str) -> int:
         raise ValueError(f"no Roman numeral: {text!r}")
     return number
 ''',
-    "tests/test_numerals.py": '''import pytest
+    "tests/test_numerals.py": """import pytest
 
 from roman import from_roman, to_roman
 
@@ -77,7 +77,7 @@ def test_there_and_back():
 def test_no_numeral():
     with pytest.raises(ValueError, match="no Roman numeral"):
         from_roman("MMXXVI AD")
-''',
+""",
 }
 
 # What a model would answer to the failing tests.
@@ -87,7 +87,16 @@ AFTER = """STEPS = {
     **{"X": 10, "IX": 9, "V": 5, "IV": 4, "I": 1},
 }"""
 
-TESTS = ["python3", "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "--junitxml=report.xml"]
+TESTS = [
+    "python3",
+    "-m",
+    "pytest",
+    "-q",
+    "--tb=line",
+    "-p",
+    "no:cacheprovider",
+    "--junitxml=report.xml",
+]
 
 
 def run_tests(session: SandboxSession) -> int | None:

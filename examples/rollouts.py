@@ -3,8 +3,10 @@
     python examples/rollouts.py [--sessions 16] [--parallel 8]
 
 Each rollout is a session of its own: it gets a task, tries several programs for it, scores each by what
-it prints, and goes. A progress bar counts the sessions that are done, a table has the results. It needs a
-Docker engine where Ray runs; ``APOTHIC_EXAMPLE_IMAGE`` names another image with a shell and awk.
+it prints, and goes. A progress bar counts the sessions that are done, a table has the results.
+
+It needs a Docker engine where Ray runs. ``APOTHIC_EXAMPLE_IMAGE`` names another image with a shell and
+awk than Docker Hub's busybox.
 """
 
 from __future__ import annotations
