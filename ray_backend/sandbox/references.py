@@ -189,8 +189,10 @@ class RaySandbox(SandboxRef):
         if isinstance(found, InstanceClosedError):
             return self._closed_error()
         if isinstance(found, InstanceLostError):
+            said = str(found).partition("Ray says: ")[2]
             return SandboxLostError(
-                f"{self.label} was lost: its process or its node died. Open another session. {found}"
+                f"{self.label} was lost: its process or its node died. Open another session."
+                + (f" Ray says: {said}" if said else "")
             )
         return found
 
