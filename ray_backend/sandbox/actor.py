@@ -18,7 +18,7 @@ import ray
 
 from apothic.errors import JobCancelledError, SandboxStartError
 from apothic.session_core import STREAMS, VERBS
-from ray_backend.actors.compile import (
+from ray_backend.actors.ending import (
     CONTROL_GROUP,
     start_by_itself,
     stop_on_sigterm,
