@@ -389,22 +389,28 @@ async def _launch_linked(
     linked = replace(
         spec, link_directory=offer.directory, command=(*spec.command, LINK, socket_path)
     )
+    links: list[LinkStream] = []
+
+    async def accept(stream: AttachedStream) -> bool:
+        link = await offer.accept(stream)
+        if link is not None:
+            links.append(link)
+        return link is not None
+
     try:
-        try:
-            launched = await launch(engine, linked, at=at)
-        except SandboxEngineError as error:
-            if offer.directory not in str(error):
-                raise
-            # The engine is on another machine, or this process in a container.
-            return await launch(engine, spec, at=at), None
-        try:
-            return launched, await offer.accept(launched.stream)
-        except BaseException:
-            launched.stream.abort()
-            await asyncio.shield(asyncio.to_thread(engine.remove, launched.id))
+        launched = await launch(engine, linked, runs=accept, at=at)
+    except SandboxEngineError as error:
+        if offer.directory not in str(error):
             raise
+        # The engine is on another machine, or this process in a container.
+        return await launch(engine, spec, at=at), None
+    except BaseException:
+        for link in links:
+            link.abort()
+        raise
     finally:
         offer.close()
+    return launched, links[0] if links else None
 
 
 def secret_variables(plan: SandboxPlan, around: NodeSurroundings) -> dict[bytes, bytes]:
