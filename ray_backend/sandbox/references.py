@@ -74,6 +74,7 @@ class RaySandbox(SandboxRef):
         self._sandboxes = sandboxes
         self._handle = handle
         self._actor = actor
+        self._methods: dict[str, Any] = {}
         self.request = request
         self.placement = placement
         self.label = f"{handle.app}.{handle.sandbox} {handle.sandbox_id!r}"
@@ -167,7 +168,15 @@ class RaySandbox(SandboxRef):
     def follow(self, other: RaySandbox) -> None:
         """Go on with another actor of the same name."""
         self._actor, self._handle, self.placement = other._actor, other._handle, other.placement
+        self._methods = {}
         self._closed = False
+
+    def method(self, verb: str) -> Any:
+        """Give the actor's method of a verb; a handle makes a new one each time it is asked."""
+        found = self._methods.get(verb)
+        if found is None:
+            found = self._methods[verb] = getattr(self._actor, verb)
+        return found
 
     def cancel(self, task_id: str, wait_s: float = 0.0) -> None:
         """End a verb, wherever it is; wait up to ``wait_s`` until nothing of it is alive."""
@@ -239,7 +248,7 @@ class RaySandboxCall(CallRef):
         self._again = session.handle.named
         packed = pack_arguments(args)
         self._args = packed if self._again else ()  # kept only where needed: they can be large
-        self._ref = getattr(session.native, verb).remote(*packed)
+        self._ref = session.method(verb).remote(*packed)
 
     @override
     def result(self, timeout_s: float | None = None) -> Any:
@@ -254,7 +263,7 @@ class RaySandboxCall(CallRef):
         while self._again and was_never_sent(error) and time.monotonic() < deadline:
             try:
                 self._session.wait_for_restart()
-                self._ref = getattr(self._session.native, self._verb).remote(*self._args)
+                self._ref = self._session.method(self._verb).remote(*self._args)
                 return unpack_result(ray.get(self._ref, timeout=timeout_s))
             except rays.RayError as later:
                 error = later
