@@ -24,7 +24,7 @@ from apothic.errors import (
     SandboxStartError,
 )
 from apothic.session_core import STREAMS, VERBS
-from ray_backend.actors.compile import (
+from ray_backend.actors.ending import (
     CONTROL_GROUP,
     start_by_itself,
     stop_on_sigterm,
