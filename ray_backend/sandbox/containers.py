@@ -262,10 +262,11 @@ class SessionContainer:
             )
         if outcome.running:
             return SandboxLostError(f"{label} was lost: {error}. Open another session.")
-        if outcome.oom_killed:
+        if outcome.oom_killed:  # perhaps long before: the engine does not say of which process
             return SandboxLostError(
-                f"{label} was lost: its memory (memory_mb={self.memory_mb}) was used up, and the "
-                f"container died of it. Open another session with more."
+                f"{label} was lost: its memory (memory_mb={self.memory_mb}) was used up, and its "
+                f"container was killed, for that or from outside. Open another session, with more if "
+                f"its programs need it."
             )
         status = "" if outcome.exit_code is None else f" (exit status {outcome.exit_code})"
         return SandboxLostError(
