@@ -37,8 +37,11 @@ docker-engine: ## See to it that a Docker engine answers: use, start or install 
 docker-images: ## Build the images that tests start containers from
 	@scripts/docker-engine.sh images
 
-quickstart: $(VENV)/.run ## Run examples/quickstart.py on an embedded Ray
-	@$(PY) examples/quickstart.py
+# With RAY_ADDRESS the engine that counts is on the cluster's nodes.
+quickstart: $(VENV)/.run ## Run examples/quickstart.py on an embedded Ray, and on Docker if it can be had
+	@if [ -z "$$RAY_ADDRESS" ] && scripts/docker-engine.sh busybox; then \
+		export APOTHIC_EXAMPLE_IMAGE="$${APOTHIC_EXAMPLE_IMAGE:-apothic-test-busybox}"; \
+	fi; $(PY) examples/quickstart.py
 
 test: $(VENV)/.dev ## Run the tests (PYTEST_ARGS)
 	@$(PY) -m pytest $(PYTEST_ARGS)

@@ -107,7 +107,7 @@ class BoundClsAio(Twin[BoundCls]):
     bind: Final = twin(BoundCls.bind)
     remote: Final = twin(BoundCls.remote)
     local: Final = twin(BoundCls.local)
-    new: Final = twin(BoundCls.new)
+    new: Final = twin(BoundCls.new, undo=lambda made: made.close())
     named: Final = twin(BoundCls.named)
     close_handle: Final = twin(BoundCls.close_handle)
     close_named: Final = twin(BoundCls.close_named)

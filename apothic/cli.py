@@ -15,6 +15,7 @@ from apothic.errors import ApothicError, InvalidOptionError, NotFoundError
 
 if TYPE_CHECKING:
     from apothic.backend import ControlPlaneClient
+    from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
     from apothic.values import ClassInstanceHandle, CloseReport, InstanceInfo
 
 __all__ = ["main"]
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--json", action="store_true", help="print JSON")
     parser = argparse.ArgumentParser(
-        prog="apothic", parents=[common], description="Look after the classes of a Ray cluster."
+        prog="apothic", parents=[common], description="Look after the apps of a Ray cluster."
     )
     parser.add_argument("--version", action="version", version=f"apothic {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
@@ -85,10 +86,21 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    add("apps", _apps, "list the deployed apps and their classes")
+    add("apps", _apps, "list the deployed apps, their classes and sandboxes")
 
     instances = add("instances", _instances, "list live instances")
     instances.add_argument("of", nargs="?", metavar="APP[:CLASS]", help="only these")
+
+    sandboxes = add("sandboxes", _sandboxes, "list live sessions of sandboxes")
+    of_sandboxes = sandboxes.add_subparsers(dest="sandboxes_verb", metavar="COMMAND")
+    listed = add("list", _sandboxes, "list live sessions of sandboxes", of_sandboxes)
+    listed.add_argument("of", nargs="?", metavar="APP[:SANDBOX]", help="only these")
+    text = "describe a sandbox or a live session, as JSON"
+    described = add("inspect", _sandboxes_inspect, text, of_sandboxes)
+    described.add_argument("what", metavar="APP:SANDBOX[:ID]")
+    text = "close a session: end its programs and remove its container"
+    ended = add("close", _sandboxes_close, text, of_sandboxes)
+    ended.add_argument("session", metavar="APP:SANDBOX:ID")
 
     inspect = add("inspect", _inspect, "describe an app, a class or a live instance, as JSON")
     inspect.add_argument("what", metavar="APP[:CLASS[:ID]]")
@@ -123,8 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     doomed = add("delete", _volumes_delete, "remove a volume and its files", of_volumes)
     doomed.add_argument("name", metavar="NAME")
 
-    offers = add("offers", _offers, "list the kinds of nodes, or which of them could run a class")
-    offers.add_argument("--for", dest="cls", metavar="APP:CLASS", help="the class")
+    text = "list the kinds of nodes, or which of them could run a class or a sandbox"
+    offers = add("offers", _offers, text)
+    offers.add_argument("--for", dest="of", metavar="APP:NAME", help="the class or sandbox")
     types = offers.add_subparsers(dest="offers_verb", metavar="COMMAND")
     register = add(
         "register",
@@ -148,19 +161,25 @@ def _apps(session: _Session, arguments: argparse.Namespace) -> None:
             "app": manifest.name,
             "deployment_id": manifest.deployment_id,
             "classes": {name: list(spec.tags) for name, spec in manifest.classes.items()},
+            "sandboxes": {name: list(spec.tags) for name, spec in manifest.sandboxes.items()},
         }
         for manifest in manifests
     ]
     rows = [
-        (f"{manifest.name}:{name}", _names(spec.tags), manifest.deployment_id)
+        (f"{manifest.name}:{name}", kind, _names(tags), manifest.deployment_id)
         for manifest in manifests
-        for name, spec in manifest.classes.items()
+        for kind, tags_of in (
+            ("class", {name: spec.tags for name, spec in manifest.classes.items()}),
+            ("sandbox", {name: spec.tags for name, spec in manifest.sandboxes.items()}),
+        )
+        for name, tags in tags_of.items()
     ]
-    session.show(value, lambda: _table(("CLASS", "TAGS", "DEPLOYMENT"), rows, "no app is deployed"))
+    head = ("NAME", "KIND", "TAGS", "DEPLOYMENT")
+    session.show(value, lambda: _table(head, rows, "no app is deployed"))
 
 
 def _instances(session: _Session, arguments: argparse.Namespace) -> None:
-    app, cls, _ = _split(arguments.of, 2) if arguments.of else (None, None, None)
+    app, cls, _ = _split(arguments.of, "APP[:CLASS]") if arguments.of else (None, None, None)
     found = session.client.list_instances(app, cls)
     rows = [
         (
@@ -244,6 +263,85 @@ def _handle(session: _Session, app: str, cls: str, instance_id: str) -> ClassIns
     )
 
 
+# -- sandboxes -----------------------------------------------------------------------------------
+
+
+def _sandboxes(session: _Session, arguments: argparse.Namespace) -> None:
+    of = getattr(arguments, "of", None)
+    app, name, _ = _split(of, "APP[:SANDBOX]") if of else (None, None, None)
+    found = session.client.list_sandboxes(app, name)
+    rows = [
+        (
+            f"{info.app}:{info.sandbox}:{info.sandbox_id}",
+            "named" if info.named else "leased",
+            info.state,
+            str(info.restarts),
+            (info.node_id or "")[:12],
+            info.network or "",
+        )
+        for info in found
+    ]
+    head = ("SESSION", "LIVES", "STATE", "RESTARTS", "NODE", "NETWORK")
+    session.show(
+        [info.model_dump(mode="json") for info in found],
+        lambda: _table(head, rows, "no session lives"),
+    )
+
+
+def _sandboxes_inspect(session: _Session, arguments: argparse.Namespace) -> None:
+    from apothic.sandbox import Sandbox
+
+    app, name, sandbox_id = _split(arguments.what, "APP:SANDBOX[:ID]")
+    if name is None:
+        raise InvalidOptionError(
+            f"{arguments.what!r} names no sandbox: write APP:SANDBOX or APP:SANDBOX:ID."
+        )
+    if sandbox_id is None:
+        value = Sandbox.from_name(app, name, client=session.client).inspect()
+        print(json.dumps(value.model_dump(mode="json"), indent=2))
+    else:
+        info = _find_session(session, _sandbox_handle(session, app, name, sandbox_id))
+        print(json.dumps(info.model_dump(mode="json"), indent=2))
+
+
+def _find_session(session: _Session, handle: SandboxHandle) -> SandboxSessionInfo:
+    """Ask a ready session how it is; of another, tell what the cluster knows without asking it."""
+    for info in session.client.list_sandboxes(handle.app, handle.sandbox):
+        if info.sandbox_id == handle.sandbox_id and info.state != "ready":
+            return info
+    ref = session.client.attach_sandbox(handle)
+    try:
+        return ref.inspect()
+    finally:
+        if not ref.handle.named:
+            ref.release()
+
+
+def _sandboxes_close(session: _Session, arguments: argparse.Namespace) -> None:
+    app, name, sandbox_id = _split(arguments.session, "APP:SANDBOX:ID")
+    if name is None or sandbox_id is None:
+        raise InvalidOptionError(
+            f"{arguments.session!r} names no session: write APP:SANDBOX:ID, as `apothic sandboxes` "
+            f"lists them."
+        )
+    handle = _sandbox_handle(session, app, name, sandbox_id)
+    report = session.client.attach_sandbox(handle).close()
+    session.show(report.model_dump(mode="json"), lambda: _close_text(arguments.session, report))
+
+
+def _sandbox_handle(session: _Session, app: str, name: str, sandbox_id: str) -> SandboxHandle:
+    from apothic.sandbox_values import SandboxHandle
+
+    return SandboxHandle(
+        cluster_id=session.client.cluster_id,
+        app=app,
+        sandbox=name,
+        sandbox_id=sandbox_id,
+        spec_digest="",
+        named=True,
+    )
+
+
 # -- secrets and volumes -------------------------------------------------------------------------
 
 
@@ -310,15 +408,21 @@ def _volumes_delete(session: _Session, arguments: argparse.Namespace) -> None:
 
 def _offers(session: _Session, arguments: argparse.Namespace) -> None:
     from apothic.cls import Cls
+    from apothic.sandbox import Sandbox
 
-    if arguments.cls is None:
+    if arguments.of is None:
         text = session.client.offers_table()
     else:
-        app, cls, _ = _split(arguments.cls, 2)
-        if cls is None:
-            raise InvalidOptionError(f"--for {arguments.cls!r} names no class: write APP:CLASS.")
-        text = session.client.explain(Cls.from_name(app, cls, client=session.client).spec)
-    session.show({"for": arguments.cls, "table": text}, lambda: text)
+        app, name, _ = _split(arguments.of, "APP:NAME")
+        if name is None:
+            raise InvalidOptionError(
+                f"--for {arguments.of!r} names no class or sandbox: write APP:NAME."
+            )
+        if name in session.client.find_app(app).sandboxes:
+            text = Sandbox.from_name(app, name, client=session.client).explain()
+        else:
+            text = session.client.explain(Cls.from_name(app, name, client=session.client).spec)
+    session.show({"for": arguments.of, "table": text}, lambda: text)
 
 
 def _offers_register(session: _Session, arguments: argparse.Namespace) -> None:
@@ -342,11 +446,13 @@ def _offers_unregister(session: _Session, arguments: argparse.Namespace) -> None
 # -- text ----------------------------------------------------------------------------------------
 
 
-def _split(name: str, most: int = 3) -> tuple[str, str | None, str | None]:
-    """Split ``APP:CLASS:ID``; parts that are not given are None. An id may hold colons itself."""
+def _split(name: str, form: str = "APP[:CLASS[:ID]]") -> tuple[str, str | None, str | None]:
+    """Split a name of at most as many parts as its form has; the others are None.
+
+    An id may hold colons itself.
+    """
     parts = name.split(":", 2)
-    if not all(parts) or len(parts) > most:
-        form = "APP[:CLASS[:ID]]" if most == 3 else "APP:CLASS"
+    if not all(parts) or len(parts) > form.count(":") + 1:
         raise InvalidOptionError(f"{name!r} is not valid: it takes {form}. Write it like that.")
     return parts[0], parts[1] if len(parts) > 1 else None, parts[2] if len(parts) > 2 else None
 

@@ -442,7 +442,7 @@ class ClsAio(Twin[Cls]):
     explain: Final = twin(Cls.explain)
     remote: Final = twin(Cls.remote)
     bind: Final = twin(Cls.bind)
-    new: Final = twin(Cls.new)
+    new: Final = twin(Cls.new, undo=ClassInstance.close)
     named: Final = twin(Cls.named)
     local: Final = twin(Cls.local)
     attach: Final = twin(Cls.attach)

@@ -16,13 +16,14 @@ from apothic.definition import (
     parameter_infos,
     signature_from,
 )
+from apothic.digests import digest_of
 from apothic.function import Function, RemoteFunction
 from apothic.instance import missing_method
 from apothic.options import ClassOptions
 from apothic.packing import pack_class
 from apothic.retries import Retries
 from apothic.targets import Target
-from apothic.values import ClassSpec, MethodInfo, ParameterInfo, digest_of
+from apothic.values import ClassSpec, MethodInfo, ParameterInfo
 
 __all__ = ["DescribedClass"]
 

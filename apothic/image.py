@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from apothic.digests import digest_of
 from apothic.errors import InvalidOptionError
 from apothic.names import check_env_name
-from apothic.values import digest_of
 
 __all__ = ["Image", "ImageStep"]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from apothic.backend import ControlPlaneClient, SandboxRef, SandboxRequest, connect
+from apothic.digests import digest_of
 from apothic.errors import (
     ArgumentError,
     HandleError,
@@ -25,7 +26,7 @@ from apothic.sandbox_values import LOCAL_CLUSTER, SandboxHandle, SandboxInfo, Sa
 from apothic.session import METHOD_NAMES, SandboxSession
 from apothic.session_arguments import env_bytes
 from apothic.twins import Twin, twin
-from apothic.values import CloseReport, Network, digest_of
+from apothic.values import CloseReport, Network
 
 __all__ = ["Sandbox", "SandboxAio", "session_from_handle"]
 
@@ -407,9 +408,9 @@ class SandboxAio(Twin[Sandbox]):
 
     inspect: Final = twin(Sandbox.inspect)
     explain: Final = twin(Sandbox.explain)
-    create: Final = twin(Sandbox.create)
+    create: Final = twin(Sandbox.create, undo=SandboxSession.close)
     named: Final = twin(Sandbox.named)
-    local: Final = twin(Sandbox.local)
+    local: Final = twin(Sandbox.local, undo=SandboxSession.close)
     attach: Final = twin(Sandbox.attach)
     close_handle: Final = twin(Sandbox.close_handle)
     close_named: Final = twin(Sandbox.close_named)

@@ -91,9 +91,9 @@ class SessionCalls:
         data: bytes | None = yield from self.ask("read", path, PART_BYTES)
         if data is not None:
             return data
-        pieces = bytearray()
-        yield from self.stream_to(path, pieces.extend)
-        return bytes(pieces)
+        pieces: list[bytes] = []
+        yield from self.stream_to(path, pieces.append)
+        return b"".join(pieces)
 
     def stream_to(self, path: bytes, take: Callable[[bytes], object]) -> Steps[None]:
         """Hand a file over in pieces."""
@@ -119,11 +119,16 @@ class SessionCalls:
                 "write", path, bytes(content), bool(append), bool(make_parents)
             )
             return to_text(written)
-        parts = (bytes(view[at : at + PART_BYTES]) for at in range(0, len(view), PART_BYTES))
+        parts = (view[at : at + PART_BYTES] for at in range(0, len(view), PART_BYTES))
         return (yield from self.send_parts(path, parts, len(view), append, make_parents))
 
     def send_parts(
-        self, path: bytes, parts: Iterator[bytes], size: int, append: bool, make_parents: bool
+        self,
+        path: bytes,
+        parts: Iterator[bytes | memoryview],
+        size: int,
+        append: bool,
+        make_parents: bool,
     ) -> Steps[str]:
         """Send the parts of a file, a few ahead of their confirmation; give its absolute path."""
         self.enter()

@@ -52,7 +52,7 @@ STREAMS = ("exec_stream", "read_stream")
 KILL_GRACE_S = 1.0
 """Seconds between SIGTERM and SIGKILL for what ran too long or is not wanted any more."""
 
-READ_BYTES = 1024 * 1024
+READ_BYTES = 4 * 1024 * 1024
 """How much `read_stream` gives at once."""
 
 _NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
@@ -206,6 +206,8 @@ class SessionCore:
             with typed(target):
                 reader = await self._workspace.open_reader(target)
                 try:
+                    if await reader.size() > limit:
+                        return None
                     pieces, size = [], 0
                     while size <= limit and (piece := await reader.read(limit + 1 - size)):
                         pieces.append(piece)
@@ -232,7 +234,9 @@ class SessionCore:
             finally:
                 await reader.close()
 
-    async def write(self, path: bytes, data: bytes, append: bool, make_parents: bool) -> bytes:
+    async def write(
+        self, path: bytes, data: bytes | memoryview, append: bool, make_parents: bool
+    ) -> bytes:
         """Write a whole file; give its absolute path."""
         with self._call():
             target = _join(self._cwd, path)
@@ -261,7 +265,7 @@ class SessionCore:
             self._uploads[upload_id] = Upload(target, writer, lambda: self._give_up(upload_id))
             return upload_id
 
-    async def upload_part(self, upload_id: str, offset: int, data: bytes) -> None:
+    async def upload_part(self, upload_id: str, offset: int, data: bytes | memoryview) -> None:
         """Write the next part; one that overtook another waits for it."""
         with self._call():
             await self._upload(upload_id).write(offset, data)
@@ -288,7 +292,7 @@ class SessionCore:
 
     # -- execs -----------------------------------------------------------------------------------
 
-    async def exec(self, request: ExecRequest, stdin: bytes | None) -> ExecOutcome:
+    async def exec(self, request: ExecRequest, stdin: bytes | memoryview | None) -> ExecOutcome:
         """Run a program to its end."""
         kept: dict[OutputKind, _Kept] = {
             "stdout": _Kept(request.max_output_bytes),
@@ -311,7 +315,7 @@ class SessionCore:
         )
 
     async def exec_stream(
-        self, request: ExecRequest, stdin: bytes | None
+        self, request: ExecRequest, stdin: bytes | memoryview | None
     ) -> AsyncIterator[tuple[OutputKind, bytes] | ExecOutcome]:
         """Run a program and give its output as it comes, then how it ended.
 
@@ -322,7 +326,7 @@ class SessionCore:
                 yield piece
 
     async def _run(
-        self, request: ExecRequest, stdin: bytes | None
+        self, request: ExecRequest, stdin: bytes | memoryview | None
     ) -> AsyncGenerator[tuple[OutputKind, bytes] | ExecOutcome, None]:
         with self._call():
             async with self._slots or contextlib.nullcontext():
@@ -361,7 +365,7 @@ class SessionCore:
                     timed_out=timeout.expired,
                 )
 
-    def _command(self, request: ExecRequest, stdin: bytes | None) -> Command:
+    def _command(self, request: ExecRequest, stdin: bytes | memoryview | None) -> Command:
         env = _overlaid(self._base, self._own)
         if request.user and self._own.get(b"HOME") is None:
             env.pop(b"HOME", None)  # the base's is another user's; the workspace sets the right one

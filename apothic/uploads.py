@@ -31,7 +31,7 @@ class Upload:
     def _fresh_timer(self) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(UPLOAD_IDLE_S, self._give_up)
 
-    async def write(self, offset: int, data: bytes) -> None:
+    async def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write the part that begins at ``offset``; one that overtook another waits for it."""
         self.timer.cancel()
         self.timer = self._fresh_timer()

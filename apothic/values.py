@@ -6,13 +6,12 @@ something that does not exist.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
 
+from apothic.digests import digest_of
 from apothic.errors import HandleError
 
 __all__ = [
@@ -305,13 +304,6 @@ class CloseReport(Value):
     def failed_hooks(self) -> tuple[HookResult, ...]:
         """The hooks that raised or ran out of time."""
         return tuple(hook for hook in self.hooks if hook.error is not None)
-
-
-def digest_of(value: object) -> str:
-    """Give the SHA-256 hex digest of bytes, or of a JSON value in canonical form."""
-    if not isinstance(value, bytes):
-        value = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    return hashlib.sha256(value).hexdigest()
 
 
 def _shorten(value: object, limit: int = 120) -> str:

@@ -127,6 +127,10 @@ class FileReader(ABC):
     async def read(self, limit: int) -> bytes:
         """Give up to ``limit`` bytes more; nothing at the end."""
 
+    async def size(self) -> int:
+        """Give its length when it was opened; 0 where that is not known, as in ``/proc``."""
+        return 0
+
     @abstractmethod
     async def close(self) -> None:
         """Let go of it; idempotent."""

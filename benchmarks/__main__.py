@@ -1,6 +1,6 @@
 """Run the comparisons, print their table, and write ``benchmarks/results/latest.json``.
 
-Usage: python -m benchmarks [--quick] [--check]
+Usage: python -m benchmarks [--quick] [--check] [classes] [sandboxes]
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import sys
 
 import ray
 
-from benchmarks import classes
-from benchmarks.measure import report
+from benchmarks import classes, sandboxes
+from benchmarks.measure import Row, report
+
+PARTS = ("classes", "sandboxes")
 
 
 def main() -> int:
@@ -19,10 +21,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
     parser.add_argument("--check", action="store_true", help="fail when a limit is exceeded")
+    parser.add_argument("only", nargs="*", help=f"of {', '.join(PARTS)}; all without it")
     arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.only) - set(PARTS)):
+        parser.error(f"{unknown[0]!r} is none of {', '.join(PARTS)}")
     ray.init(num_cpus=2, include_dashboard=False, namespace="apothic", logging_level="ERROR")
-    rows = list(classes.measure(arguments.quick))
-    good = report(rows)
+    notes: list[str] = []
+    rows: list[Row] = []
+    if "classes" in (arguments.only or PARTS):
+        rows += classes.measure(arguments.quick)
+    if "sandboxes" in (arguments.only or PARTS):
+        rows += sandboxes.measure(arguments.quick, notes)
+    good = report(rows, notes)
     return 1 if arguments.check and not good else 0
 
 

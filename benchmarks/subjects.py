@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import ray
 
 from apothic import App, method
 
-__all__ = ["Ours", "Raw"]
+__all__ = ["Ours", "Raw", "RawAsync", "pss_mib"]
 
 app = App("benchmarks")
 
@@ -44,9 +45,23 @@ class Raw:
         return memory_mib()
 
 
+@ray.remote(num_cpus=0)
+class RawAsync:
+    async def nothing(self) -> None:
+        pass
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
 def memory_mib() -> float:
-    """Give this process's proportional set size: what it shares is divided among those sharing it."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+    """Give this process's proportional set size."""
+    return pss_mib(os.getpid())
+
+
+def pss_mib(pid: int) -> float:
+    """Give a process's proportional set size: what it shares is divided among those sharing it."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) / 1024
     raise AssertionError("no Pss in smaps_rollup")

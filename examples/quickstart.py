@@ -3,6 +3,9 @@
 ``make quickstart`` runs it on a Ray of its own; with ``RAY_ADDRESS``, or in a submitted job, it runs on
 your cluster. There, ``--keep`` leaves the named instance behind, and ``--attach``, in any later process,
 finds it again, asks it, and closes it.
+
+Its sandbox needs a Docker engine where Ray runs, and is left out where there is none.
+``APOTHIC_EXAMPLE_IMAGE`` names another image than Docker Hub's busybox.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import sqlite3
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,7 +25,8 @@ from typing import NamedTuple
 
 import ray
 
-from apothic import App, ClassInstance, CloseReport, Cls, enter, exit, method
+from apothic import App, ClassInstance, CloseReport, Cls, Image, enter, exit, method
+from apothic.errors import ImageNotFoundError, SandboxEngineError, SandboxStartError
 
 app = App("quickstart")
 
@@ -100,6 +105,14 @@ class Library:
         )
 
 
+workspace = app.sandbox(
+    name="workspace",
+    image=Image.from_registry(os.environ.get("APOTHIC_EXAMPLE_IMAGE", "busybox:stable")),
+    cpu=0,
+    memory_mb=64,
+)
+
+
 def read_sources() -> Iterator[tuple[str, str]]:
     """Give the name and the source of every module of the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -175,6 +188,9 @@ def main() -> None:
     )
     say(visit.stdout.strip())
 
+    title("Run programs in a sandbox")
+    show_sandbox(hits)
+
     title("Close, and see that the exit hooks ran")
     report("library", library.close())
     if arguments.keep and "RAY_ADDRESS" in os.environ:
@@ -184,6 +200,34 @@ def main() -> None:
         if arguments.keep:
             say("'shared' cannot be kept: this Ray ends with this process (set RAY_ADDRESS)")
         finish(shared, journal)
+
+
+def show_sandbox(hits: list[Hit]) -> None:
+    """Work in a container, or say why there can be none."""
+    began = time.perf_counter()
+    try:
+        session = workspace.create(cwd="/work")
+    except (SandboxStartError, SandboxEngineError, ImageNotFoundError) as error:
+        say(f"left out: {error}")
+        return
+    with session:
+        say(f"a container without network was ready in {time.perf_counter() - began:.2f} s")
+        session.write_text("hits.txt", "".join(f"{hit.module} {hit.about}\n" for hit in hits))
+        result = session.exec(["wc", "-w", "hits.txt"])
+        say(f"{result.command_text}: {result.stdout.strip()}, exit status {result.returncode}")
+        for event in session.exec_stream("sort hits.txt | head -n 2; cat missing", shell=True):
+            for line in event.text.splitlines():
+                say(f"{event.kind}: {line}")
+        try:
+            session.exec("sleep 60 & sleep 60", shell=True, timeout_s=0.2)
+        except TimeoutError:
+            alive = session.exec("pidof sleep | wc -w", shell=True).stdout.strip()
+            say(f"two programs were stopped after 0.2 s; of these are alive: {alive}")
+        began = time.perf_counter()
+        for _ in range(200):
+            session.exec(["true"])
+        each_ms = (time.perf_counter() - began) / 200 * 1000
+        say(f"200 programs, one after the other: {each_ms:.1f} ms each")
 
 
 def attach() -> None:

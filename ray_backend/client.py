@@ -94,7 +94,7 @@ class RayClient(ControlPlaneClient):
         """Wrap the connection that `ensure_connected` made."""
         share_class_identities()
         self._job_id = job_id
-        self._worker = _connection_identity()
+        self._worker = ray_api.connection_id()
         self.registry = Registry()
         self._catalogue = Catalogue(self.registry)
         self._cluster_id = self.registry.cluster_id()
@@ -113,7 +113,7 @@ class RayClient(ControlPlaneClient):
 
     def is_of(self, job_id: str) -> bool:
         """Tell whether this client belongs to the connection that the process has now."""
-        return self._job_id == job_id and self._worker == _connection_identity()
+        return self._job_id == job_id and self._worker == ray_api.connection_id()
 
     @staticmethod
     def _find_holder() -> str:
@@ -504,11 +504,6 @@ class RayClient(ControlPlaneClient):
                 self.registry.put_blob(key, content)
             self.registry.put_spec(digest, spec.model_dump_json())
         return digest
-
-
-def _connection_identity() -> str:
-    # A driver's worker id follows from its job's number, which begins anew on each cluster.
-    return f"{ray.get_runtime_context().get_worker_id()} {ray_api.session_name()}"
 
 
 def _close_before_shutdown(close: Callable[[], None]) -> None:

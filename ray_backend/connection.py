@@ -6,7 +6,9 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +167,29 @@ def _start_here() -> None:
         "_system_config": {"raylet_death_check_interval_milliseconds": ORPHAN_CHECK_MS},
     }
     # RAY_ADDRESS may be set for others: "local" makes ray.init start a new cluster regardless.
-    ray.init(address="local", **options)
+    _in_lasting_thread(lambda: ray.init(address="local", **options))
+
+
+def _in_lasting_thread(start: Callable[[], object]) -> None:
+    """Call what starts processes from a thread that lives as long as this process.
+
+    Linux ends them when the thread that started them ends, which is before the process for one of a
+    pool, such as the async twins': before exit hooks could run.
+    """
+    if threading.current_thread() is threading.main_thread():
+        start()
+        return
+    done: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(start())
+        except BaseException as error:
+            done.set_exception(error)
+        threading.Event().wait()
+
+    threading.Thread(target=run, name="apothic-ray-start", daemon=True).start()
+    done.result()
 
 
 def _check_listening(where: _Where) -> None:

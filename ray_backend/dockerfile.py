@@ -6,11 +6,14 @@ import json
 import re
 import shlex
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from apothic.errors import InvalidOptionError
-from apothic.image import Image, ImageStep
 
-__all__ = ["CONTEXT_DIRECTORY", "base_of", "dockerfile_of", "is_build_context"]
+if TYPE_CHECKING:
+    from apothic.image import Image, ImageStep
+
+__all__ = ["CONTEXT_DIRECTORY", "base_of", "base_reference", "dockerfile_of", "is_build_context"]
 
 CONTEXT_DIRECTORY = ".apothic"
 """Where in a build context the files of ``add`` steps lie, each under its digest."""
@@ -21,7 +24,12 @@ _FROM = re.compile(r"^[ \t]*FROM[ \t]", re.IGNORECASE | re.MULTILINE)
 
 def base_of(image: Image) -> str:
     """Give the image that a recipe starts from; a Dockerfile of its own may name another."""
-    return image.base or f"python:{image.python_version or '3.11'}-slim"
+    return base_reference(image.base, image.python_version)
+
+
+def base_reference(base: str | None, python_version: str | None) -> str:
+    """Give the reference of the image that a recipe's ``base`` and ``python_version`` name."""
+    return base or f"python:{python_version or '3.11'}-slim"
 
 
 def dockerfile_of(image: Image, *, complete: bool = False) -> str:

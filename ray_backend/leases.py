@@ -60,6 +60,7 @@ class LeaseBook:
         self._lock = threading.Lock()
         self._leases: dict[str, dict[str, Any]] = {}
         self._seen: dict[str, float] = {}
+        self._came: set[str] = set()
         self._orphans: dict[str, int] = {}
         self._stopping: set[str] = set()
         for name in store.list_leases():
@@ -172,6 +173,7 @@ class LeaseBook:
         with self._lock:
             self._leases.pop(name, None)
             self._seen.pop(name, None)
+            self._came.discard(name)
             self._orphans.pop(name, None)
             self._stopping.discard(name)
             self._store.forget_lease(name)
@@ -208,10 +210,25 @@ class LeaseBook:
             if name in names:
                 with self._lock:
                     self._seen[name] = self._clock()
-            elif name not in due and self._clock() - self._seen.get(name, 0) > CREATION_GRACE_S:
+                    self._came.add(name)
+            elif name not in due and (
+                self._has_died(name) or self._clock() - self._seen.get(name, 0) > CREATION_GRACE_S
+            ):
                 self.forget(name)
         due.extend(self._find_orphans(names))
         return due
+
+    def _has_died(self, name: str) -> bool:
+        """Tell whether a session that was there, and is not, will not come back: no need to wait."""
+        with self._lock:
+            lease = self._leases.get(name)
+            return (
+                lease is not None
+                and lease.get("kind") == SANDBOX
+                and not lease["named"]
+                and name in self._came
+                and name not in self._stopping
+            )
 
     def _find_orphans(self, names: set[str]) -> list[str]:
         found = []

@@ -21,11 +21,12 @@ from ray_backend.leases import LeaseBook
 from ray_backend.names import NAMESPACE, PROTOCOL_VERSION
 from ray_backend.registry import Registry
 from ray_backend.revival import Reviver
+from ray_backend.sandbox.sweeping import NodeSweeper, RayTasks
 
 __all__ = ["Manager", "instance_names", "remove_actor", "stop_actor"]
 
 SWEEP_S = 0.5
-REVIVE_EVERY = 2
+LOOK_EVERY = 2
 SLOW_SWEEP_EVERY = 120
 STOP_THREADS = 16
 
@@ -51,6 +52,8 @@ class Manager:
         self._reviver = Reviver(
             self._registry, self._book, self.begin_move, self.end_move, remove_actor
         )
+        tasks = RayTasks(self._registry.cluster_id())
+        self._sweeper = NodeSweeper(self._registry, tasks, self._book.records)
         self._unused_specs: set[str] = set()
         self._unused_blobs: set[str] = set()
         self._stops = ThreadPoolExecutor(STOP_THREADS, thread_name_prefix="apothic-stop")
@@ -179,6 +182,9 @@ class Manager:
         except Exception:
             traceback.print_exc()
             report = {**_GONE, "note": "stop failed"}
+        seat = report.pop("left_nothing_on", None)
+        if seat:
+            self._registry.leave_seat(seat, name)
         self._book.forget(name)
         return {"name": name, **report}
 
@@ -190,8 +196,9 @@ class Manager:
             try:
                 for name in self._book.sweep():
                     self.stop(name)
-                if rounds % REVIVE_EVERY == 0:
+                if rounds % LOOK_EVERY == 0:
                     self._reviver.sweep(instance_names())
+                    self._sweeper.look()
                 if rounds % SLOW_SWEEP_EVERY == 0:
                     self._sweep_store()
             except Exception:
@@ -205,6 +212,7 @@ class Manager:
         A spec that was stored a moment ago for an instance about to be leased must not go: only what
         two sweeps in a row found unused does.
         """
+        self._sweeper.forget_dead_nodes()
         self._registry.sweep_words()
         unused = self._registry.unused_specs(self._book.records().values())
         for digest in unused & self._unused_specs:

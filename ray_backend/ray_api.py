@@ -13,6 +13,7 @@ import ray
 from ray._private import state as _state
 from ray._private import worker as _worker
 from ray.core.generated import gcs_pb2 as _gcs_pb2
+from ray.util import client as _ray_client
 
 __all__ = [
     "ActorSeat",
@@ -20,6 +21,7 @@ __all__ = [
     "actor_record",
     "actor_seat",
     "actor_seats",
+    "connection_id",
     "free_resources",
     "is_client_mode",
     "is_own_cluster",
@@ -28,11 +30,11 @@ __all__ = [
     "ping_client_server",
     "restart_count",
     "session_directory",
-    "session_name",
 ]
 
 
 _messages: Any = _gcs_pb2  # its names are made when it is imported
+_client: Any = _ray_client.ray  # without annotations
 
 
 def live_jobs() -> set[str]:
@@ -196,10 +198,13 @@ def is_own_cluster() -> bool:
     return node is not None and bool(node.is_head())
 
 
-def session_name() -> str:
-    """Name the cluster's session, unlike that of any other cluster; empty behind a proxy."""
+def connection_id() -> str:
+    """Tell this process's connection from every other, also from its next one to another cluster."""
+    if is_client_mode():
+        return str(_client.get_context().client_worker._client_id)
     node = _worker._global_node
-    return "" if node is None else str(node.session_name)
+    # A driver's worker id follows from its job's number, which begins anew on each cluster.
+    return f"{ray.get_runtime_context().get_worker_id()} {node and node.session_name}"
 
 
 def session_directory() -> Path:

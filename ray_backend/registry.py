@@ -236,6 +236,35 @@ class Registry:
         self._delete(f"replaced/{actor_name}")
         self._delete(f"start/{actor_name}")
 
+    # -- where sandbox sessions are ----------------------------------------------------------------
+
+    def take_seat(self, node_id: str, actor_name: str) -> bool:
+        """Note that a session is about to make things on a node; True for the first ever there."""
+        self._put(f"sandbox-seat/{node_id}/{actor_name}", b"1", overwrite=True)
+        return self._put(f"sandbox-node/{node_id}", b"1", overwrite=False)
+
+    def leave_seat(self, node_id: str, actor_name: str) -> None:
+        """Note that nothing of a session is on a node any more."""
+        self._delete(f"sandbox-seat/{node_id}/{actor_name}")
+
+    def list_seats(self) -> dict[str, set[str]]:
+        """Name the sessions that may have something on a node, by node id."""
+        found: dict[str, set[str]] = {}
+        for key in self._list("sandbox-seat/"):
+            node_id, _, actor_name = key.partition("/")
+            found.setdefault(node_id, set()).add(actor_name)
+        return found
+
+    def list_seen_nodes(self) -> list[str]:
+        """Name the nodes on which a session ever was."""
+        return self._list("sandbox-node/")
+
+    def forget_node(self, node_id: str) -> None:
+        """Forget a node that has left the cluster, with the seats on it."""
+        for actor_name in self.list_seats().get(node_id, ()):
+            self.leave_seat(node_id, actor_name)
+        self._delete(f"sandbox-node/{node_id}")
+
     # -- starts ----------------------------------------------------------------------------------
 
     def note_start(self, actor_name: str) -> None:

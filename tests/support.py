@@ -165,3 +165,17 @@ def processes_of_run(variable: str, value: str) -> dict[int, str]:
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
     return found
+
+
+def processes_of_session(leader: int) -> set[int]:
+    """Give the processes of a leader's session that live."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[3]) == leader and fields[0] not in (b"Z", b"X"):
+                found.add(int(entry.name))
+    return found

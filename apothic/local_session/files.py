@@ -46,6 +46,10 @@ class LocalReader(FileReader):
         return await finished(lambda: os.read(self._fd, limit))
 
     @override
+    async def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    @override
     async def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

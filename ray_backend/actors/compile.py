@@ -177,7 +177,8 @@ def start_by_itself(me: Any) -> None:
 
     while True:
         try:
-            ray.get(me.apothic_start.remote())
+            # Not ray.get, of which Ray warns the user in an async actor, though this is a thread.
+            me.apothic_start.remote().future().result()
             return
         except ray.exceptions.ActorUnavailableError:
             time.sleep(0.05)

@@ -37,7 +37,9 @@ from ray_backend.registry import Registry
 from ray_backend.sandbox.containers import NodeSurroundings, gpu_ids_of
 from ray_backend.sandbox.engine.labels import OwnerLabels, RayletId
 from ray_backend.sandbox.host import SandboxHost
+from ray_backend.sandbox.packed import pack_result, unpack_arguments
 from ray_backend.sandbox.plan import AHEAD, SandboxPlan, Unsettled
+from ray_backend.sandbox.sweeping import sweep_at_arrival
 
 __all__ = ["SandboxActor"]
 
@@ -63,14 +65,15 @@ class SandboxActor:
         self._gates: dict[str, AsyncStreamGate] = {}
         self._cancelled: dict[str, None] = {}
         self._me = context.current_actor
-        self._node_id = node_id = context.get_node_id()
+        self._node_id = context.get_node_id()
         self._node_died = False
         restarted = restart_count(context.get_actor_id()) > 0
         self._host = SandboxHost(
             plan,
             _surroundings(plan, self._registry),
+            restarted=restarted,
             was_ready=restarted and self._registry.start_record(plan.actor_name).was_ready,
-            started=lambda: self._registry.note_ready(plan.actor_name, node_id),
+            started=self._note_ready,
         )
         stop_on_sigterm(self._stop_from_thread, self._remove)
         stop_when_parent_dies(self._stop_with_the_node)
@@ -78,6 +81,10 @@ class SandboxActor:
             threading.Thread(
                 target=start_by_itself, args=(self._me,), name="apothic-restart", daemon=True
             ).start()
+
+    def _note_ready(self) -> None:
+        if self._plan.named:  # another has no second process that would ask
+            self._registry.note_ready(self._plan.actor_name, self._node_id)
 
     # -- control ---------------------------------------------------------------------------------
 
@@ -106,6 +113,7 @@ class SandboxActor:
             "hooks": [],
             "interrupted_calls": interrupted,
             "note": "" if closed else "it was closed before",
+            "left_nothing_on": self._node_id if self._host.left_nothing else None,
         }
 
     async def apothic_cancel(self, task_id: str) -> None:
@@ -124,7 +132,8 @@ class SandboxActor:
     async def _call(self, verb: str, args: tuple[Any, ...]) -> Any:
         task_id = self._enter()
         try:
-            return await getattr(await self._core(), verb)(*args)
+            result = await getattr(await self._core(), verb)(*unpack_arguments(*args))
+            return pack_result(result)
         except asyncio.CancelledError:
             raise self._cancelled_error() from None
         except SandboxClosedError as error:
@@ -139,14 +148,14 @@ class SandboxActor:
         gate = self._gates[task_id] = AsyncStreamGate(lambda: _consumer_lives(consumer), AHEAD)
         try:
             core = await self._core()
-            async with aclosing(getattr(core, verb)(*args)) as items:
+            async with aclosing(getattr(core, verb)(*unpack_arguments(*args))) as items:
                 while True:
                     # A task of its own, which a cancel finds whatever Ray is doing with the last item.
                     step = self._running[task_id] = asyncio.ensure_future(_next(items))
                     item = await step
                     if item is _END or not await gate.admit():
                         break
-                    yield item
+                    yield pack_result(item)
             if gate.is_shut:
                 raise self._cancelled_error()
         except asyncio.CancelledError:
@@ -224,6 +233,8 @@ class SandboxActor:
         """Remove this actor for good, so that its name is free."""
         try:
             with contextlib.suppress(Exception):
+                if self._host.left_nothing:
+                    self._registry.leave_seat(self._node_id, self._plan.actor_name)
                 manager = ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
                 ray.get(manager.forget.remote(self._plan.actor_name), timeout=_MANAGER_WAIT_S)
             ray.kill(self._me, no_restart=True)
@@ -271,6 +282,15 @@ def _surroundings(plan: SandboxPlan, registry: Registry) -> NodeSurroundings:
             )
         return content
 
+    def arrive() -> None:
+        if registry.take_seat(node_id, plan.actor_name):
+            threading.Thread(
+                target=sweep_at_arrival,
+                args=(plan.cluster_id,),
+                name="apothic-arrival",
+                daemon=True,
+            ).start()
+
     return NodeSurroundings(
         owner=OwnerLabels(
             plan.cluster_id,
@@ -284,6 +304,7 @@ def _surroundings(plan: SandboxPlan, registry: Registry) -> NodeSurroundings:
         fetch=fetch,
         secret=registry.get_secret,
         pin_volume=lambda name: registry.pin_volume(name, node_id),
+        arrive=arrive,
     )
 
 

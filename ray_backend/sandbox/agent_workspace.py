@@ -298,6 +298,10 @@ class _AgentFileReader(FileReader):
         return await self._workspace.file_verb(self._reader.read(limit))
 
     @override
+    async def size(self) -> int:
+        return (await self._workspace.file_verb(self._reader.stat())).size
+
+    @override
     async def close(self) -> None:
         with contextlib.suppress(ChannelClosedError):
             self._reader.close()

@@ -18,7 +18,6 @@ from apothic.errors import (
     SandboxLostError,
     SandboxStartError,
 )
-from apothic.image import Image
 from apothic.volume import StorageMount
 from ray_backend.sandbox.agent.binaries import agent_binary
 from ray_backend.sandbox.agent_workspace import AgentWorkspace
@@ -26,11 +25,17 @@ from ray_backend.sandbox.channel import AgentChannel, ChannelClosedError
 from ray_backend.sandbox.engine.agent_volume import AGENT_FILE, ensure_agent
 from ray_backend.sandbox.engine.attach import STDOUT, AttachedStream
 from ray_backend.sandbox.engine.connection import Engine
-from ray_backend.sandbox.engine.container import AGENT_DIRECTORY, BindMount, ContainerSpec
+from ray_backend.sandbox.engine.container import (
+    AGENT_DIRECTORY,
+    LINK_DIRECTORY,
+    BindMount,
+    ContainerSpec,
+)
 from ray_backend.sandbox.engine.faults import FaultPoint, no_fault
 from ray_backend.sandbox.engine.images import ImageDefaults, ensure_image, image_defaults
 from ray_backend.sandbox.engine.labels import SESSION, OwnerLabels
-from ray_backend.sandbox.engine.launch import launch
+from ray_backend.sandbox.engine.launch import Launched, launch
+from ray_backend.sandbox.engine.link import LinkOffer, LinkStream
 from ray_backend.sandbox.engine.network import internet_network, release_internet
 from ray_backend.sandbox.engine.outcome import ask_outcome
 from ray_backend.sandbox.engine.volumes import bind_volumes
@@ -43,12 +48,14 @@ __all__ = [
     "find_container",
     "gpu_ids_of",
     "open_container",
+    "remove_leftover",
     "secret_variables",
 ]
 
 T = TypeVar("T")
 
 AGENT_COMMAND = f"{AGENT_DIRECTORY}/{AGENT_FILE}"
+LINK = "--link"
 DIE_ON_EOF = "--die-on-eof"
 """Has the agent of an unnamed session end with its client, and the container with it."""
 
@@ -69,6 +76,7 @@ class NodeSurroundings:
         fetch: gives a packed file by digest.
         secret: gives a secret's variables, None when it is not stored.
         pin_volume: ties a host-local volume to this node; gives the node it is tied to.
+        arrive: called in a thread before anything of the session is made on the node.
     """
 
     owner: OwnerLabels
@@ -77,6 +85,7 @@ class NodeSurroundings:
     fetch: Callable[[str], bytes]
     secret: Callable[[str], Mapping[str, str] | None]
     pin_volume: Callable[[str], str]
+    arrive: Callable[[], None] = lambda: None
 
 
 def gpu_ids_of(assigned: Sequence[object]) -> tuple[str, ...]:
@@ -113,6 +122,42 @@ class AgentLink:
         self._stream.abort()
 
 
+class DirectLink(AgentLink):
+    """A link to the agent itself; it ends with the container's stream, which says what went wrong."""
+
+    def __init__(self, stream: AttachedStream, direct: LinkStream) -> None:
+        """Use both."""
+        super().__init__(stream)
+        self._direct = direct
+        self._listening = asyncio.create_task(self._listen())
+
+    async def _listen(self) -> None:
+        try:
+            with contextlib.suppress(SandboxEngineError):
+                while await super().read():
+                    pass  # nothing: the agent speaks on the link
+        finally:
+            self._direct.abort()
+
+    async def read(self) -> bytes:
+        """Give the agent's next bytes."""
+        return await self._direct.read()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to it."""
+        self._direct.write(data)
+
+    async def drain(self) -> None:
+        """Wait until more can be sent."""
+        await self._direct.drain()
+
+    def abort(self) -> None:
+        """Drop both connections."""
+        self._listening.cancel()
+        self._direct.abort()
+        super().abort()
+
+
 @dataclass(frozen=True)
 class SessionContainer:
     """A running container of a session, its agent at the other end of the stream.
@@ -122,6 +167,7 @@ class SessionContainer:
         id: the engine's id.
         name: readable.
         stream: attached.
+        direct: the agent's own connection, or None.
         image: what the image says about running in it.
         owner: its labels.
         disk_gb: how much it may write while nobody but us looks, or None.
@@ -133,6 +179,7 @@ class SessionContainer:
     id: str
     name: str
     stream: AttachedStream
+    direct: LinkStream | None
     image: ImageDefaults
     owner: OwnerLabels
     disk_gb: float | None
@@ -150,12 +197,17 @@ class SessionContainer:
         )
 
     async def remove(self) -> None:
-        """Remove it with all that runs in it; idempotent."""
+        """Remove it with all that runs in it; idempotent.
+
+        Raises:
+            SandboxEngineError: when the engine fails; what is left is for a sweep.
+        """
         self.stream.abort()
+        if self.direct is not None:
+            self.direct.abort()
         await asyncio.to_thread(self.engine.remove, self.id)
         if self.internet:
-            with contextlib.suppress(SandboxEngineError):  # a sweep finds it
-                await asyncio.to_thread(release_internet, self.engine, self.owner)
+            await asyncio.to_thread(release_internet, self.engine, self.owner)
 
     async def workspace(self, label: str, *, resync: bool) -> AgentWorkspace:
         """Greet the agent; give the inside as a workspace, which removes the container at its end.
@@ -168,6 +220,8 @@ class SessionContainer:
             SandboxStartError: when no agent answers.
         """
         link = AgentLink(self.stream)
+        if self.direct is not None:
+            link = DirectLink(self.stream, self.direct)
         try:
             channel = await AgentChannel.open(link, resync=resync)
         except ChannelClosedError as error:
@@ -241,18 +295,37 @@ async def find_container(plan: SandboxPlan, around: NodeSurroundings) -> Session
     config = await asyncio.to_thread(engine.api.inspect_container, found.id)
     image = await asyncio.to_thread(image_defaults, engine, config["Image"])
     limited = bool((config["HostConfig"].get("StorageOpt") or {}).get("size"))
-    disk_gb = plan.options.constraints.disk_gb
+    disk_gb = plan.options.disk_gb
     return SessionContainer(
         engine=engine,
         id=found.id,
         name=found.name,
         stream=await AttachedStream.open(engine, found.id),
+        direct=None,  # the agent went back to the engine's streams when its client died
         image=image,
         owner=around.owner,
         disk_gb=None if limited else disk_gb,
-        internet=plan.spec.network == "internet",
+        internet=plan.network == "internet",
         memory_mb=plan.options.memory_mb,
     )
+
+
+async def remove_leftover(plan: SandboxPlan, around: NodeSurroundings) -> None:
+    """Remove the container that an earlier process of this actor left, if there is one.
+
+    Raises:
+        SandboxEngineError: when the engine fails.
+    """
+
+    def remove() -> None:
+        engine = Engine.connect()
+        found = engine.inspect(plan.container_name)
+        if found is not None and found.labels.get(SESSION) == plan.actor_name:
+            engine.remove(found.id)
+        if plan.network == "internet":
+            release_internet(engine, around.owner)
+
+    await asyncio.to_thread(remove)
 
 
 async def open_container(
@@ -276,7 +349,6 @@ async def open_container(
     """
     engine = await asyncio.to_thread(Engine.connect)
     options, owner = plan.options, around.owner
-    recipe = options.image or Image.debian_slim()
 
     unwanted = threading.Event()
 
@@ -286,7 +358,7 @@ async def open_container(
         tell(line)
 
     def prepare() -> tuple[str, ImageDefaults, str, tuple[BindMount, ...]]:
-        image = ensure_image(engine, recipe, around.fetch, progress=progress)
+        image = ensure_image(engine, plan.image, around.fetch, progress=progress)
         binary = agent_binary(engine.architecture).read_bytes()
         volume = ensure_agent(engine, binary, owner, at=at)
         return image, image_defaults(engine, image), volume, _mounts(engine, plan, around)
@@ -304,29 +376,71 @@ async def open_container(
         agent_volume=agent_volume,
         memory_mb=options.memory_mb,
         cpu=options.cpu,
-        disk_gb=options.constraints.disk_gb,
+        disk_gb=options.disk_gb,
         gpu_ids=around.gpu_ids,
         mounts=mounts,
         keep=plan.named,
     )
-    internet = plan.spec.network == "internet"
-    async with contextlib.AsyncExitStack() as held:
+    internet = plan.network == "internet"
+    launched: Launched | None = None
+    direct: LinkStream | None = None
+    try:
+        async with contextlib.AsyncExitStack() as held:
+            if internet:
+                joining = internet_network(engine, owner, blocked=plan.blocked, at=at)
+                network = await held.enter_async_context(_in_threads(joining))
+                spec = replace(spec, network=network.id, dns=network.dns)
+            launched, direct = await _launch_linked(engine, spec, at)
+    except BaseException:
+        if launched is not None:  # cancelled while it left the network's lock
+            launched.stream.abort()
+            if direct is not None:
+                direct.abort()
+            await asyncio.to_thread(engine.remove, launched.id)
         if internet:
-            joining = internet_network(engine, owner, blocked=plan.blocked, at=at)
-            network = await held.enter_async_context(_in_threads(joining))
-            spec = replace(spec, network=network.id, dns=network.dns)
-        launched = await launch(engine, spec, at=at)
+            await asyncio.to_thread(release_internet, engine, owner)
+        raise
     return SessionContainer(
         engine=engine,
         id=launched.id,
         name=spec.name,
         stream=launched.stream,
+        direct=direct,
         image=defaults,
         owner=owner,
-        disk_gb=options.constraints.disk_gb if launched.disk_limit == "watch" else None,
+        disk_gb=options.disk_gb if launched.disk_limit == "watch" else None,
         internet=internet,
         memory_mb=options.memory_mb,
     )
+
+
+async def _launch_linked(
+    engine: Engine, spec: ContainerSpec, at: FaultPoint
+) -> tuple[Launched, LinkStream | None]:
+    """Launch it with a link to its agent where that can be, else without."""
+    offer = LinkOffer.make(engine)
+    if offer is None:
+        return await launch(engine, spec, at=at), None
+    socket_path = f"{LINK_DIRECTORY}/{offer.file_name}"
+    linked = replace(
+        spec, link_directory=offer.directory, command=(*spec.command, LINK, socket_path)
+    )
+    try:
+        try:
+            launched = await launch(engine, linked, at=at)
+        except SandboxEngineError as error:
+            if offer.directory not in str(error):
+                raise
+            # The engine is on another machine, or this process in a container.
+            return await launch(engine, spec, at=at), None
+        try:
+            return launched, await offer.accept(launched.stream)
+        except BaseException:
+            launched.stream.abort()
+            await asyncio.shield(asyncio.to_thread(engine.remove, launched.id))
+            raise
+    finally:
+        offer.close()
 
 
 def secret_variables(plan: SandboxPlan, around: NodeSurroundings) -> dict[bytes, bytes]:
@@ -370,13 +484,12 @@ def _mounts(engine: Engine, plan: SandboxPlan, around: NodeSurroundings) -> tupl
     volumes: dict[str, StorageMount] = {}
     for mount in plan.options.mounts:
         if mount.backend == "vast_local":
-            node = around.pin_volume(mount.volume)
+            node = around.pin_volume(mount.name)
             if node != around.node_id:
                 raise SandboxError(
-                    f"{plan.label}: volume {mount.volume!r} is on node {node} and not on "
+                    f"{plan.label}: volume {mount.name!r} is on node {node} and not on "
                     f"{around.node_id}, where the session is. Open it again, or use Volume.cloud."
                 )
-        volumes[mount.path] = StorageMount(
-            mount.volume, mount.backend, mount.size_gb, mount.path, mount.create_if_missing
-        )
+        assert mount.mount_path is not None  # the definition has it
+        volumes[mount.mount_path] = mount
     return bind_volumes(engine, volumes, around.owner)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from apothic.errors import (
@@ -29,6 +29,7 @@ from ray_backend.sandbox.containers import (
     SessionContainer,
     find_container,
     open_container,
+    remove_leftover,
     secret_variables,
 )
 from ray_backend.sandbox.engine.faults import FaultPoint, no_fault
@@ -57,6 +58,7 @@ class SandboxHost:
         plan: SandboxPlan,
         around: NodeSurroundings,
         *,
+        restarted: bool = False,
         was_ready: bool = False,
         started: Callable[[], None] = lambda: None,
         at: FaultPoint = no_fault,
@@ -66,6 +68,7 @@ class SandboxHost:
         Args:
             plan: the session.
             around: its node.
+            restarted: there was a process of the same actor before this one.
             was_ready: an earlier process of the same actor had it ready: its container is attached
                 to again, and if that is gone, so is the session.
             started: called in a thread when it has become ready.
@@ -73,6 +76,7 @@ class SandboxHost:
         """
         self._plan = plan
         self._around = around
+        self._restarted = restarted
         self._was_ready = was_ready
         self._note_started = started
         self._at = at
@@ -85,6 +89,8 @@ class SandboxHost:
         self._core: SessionCore | None = None
         self._loss: SandboxLostError | None = None
         self._progress = ""
+        self._interrupted = False
+        self._engine_failed = False
         self._since_unix_s = time.time()
 
     async def start(self) -> None:
@@ -133,6 +139,11 @@ class SandboxHost:
         await asyncio.shield(self._stopping)
         return first
 
+    @property
+    def left_nothing(self) -> bool:
+        """Whether it is closed, and saw all that it made removed: else a sweep is to look."""
+        return self.state == "closed" and not (self._interrupted or self._engine_failed)
+
     def status(self) -> dict[str, Any]:
         """Tell how it is, in plain data."""
         found = None if self._core is None else self._core.status()
@@ -143,7 +154,7 @@ class SandboxHost:
             "finished": found.finished_calls if found else 0,
             "cwd": found.cwd if found else None,
             "started_unix_s": found.started_unix_s if found else self._since_unix_s,
-            "spec_digest": self._plan.spec.digest,
+            "spec_digest": self._plan.spec_digest,
             "arguments_digest": self._plan.arguments_digest,
             "container_id": None if container is None else container.id,
             "notes": () if container is None else container.notes,
@@ -166,8 +177,10 @@ class SandboxHost:
 
     async def _bring_up(self) -> None:
         plan, around = self._plan, self._around
+        await asyncio.to_thread(around.arrive)
         secrets = await asyncio.to_thread(secret_variables, plan, around)
-        container = await find_container(plan, around)
+        # The name of an unnamed session's container was never used before.
+        container = await find_container(plan, around) if plan.named else None
         found = container is not None
         if container is None:
             if self._was_ready:
@@ -175,7 +188,8 @@ class SandboxHost:
                     f"{plan.label} was lost: its container ended while its process was being "
                     f"replaced. Close it, and open it again under the same name."
                 )
-            container = await open_container(plan, around, tell=self._tell, at=self._at)
+            with self._sweepable(again=True):
+                container = await open_container(plan, around, tell=self._tell, at=self._at)
         self._container = container
         workspace = await container.workspace(plan.label, resync=found)
         self._workspace = workspace
@@ -202,36 +216,42 @@ class SandboxHost:
         container, self._container = self._container, None
         if container is None:
             return
-        if self._workspace is not None:
-            await self._workspace.close()
-        else:
-            await container.remove()
+        with self._sweepable():
+            if self._workspace is not None:
+                await self._workspace.close()
+            else:
+                await container.remove()
 
     async def _stop(self) -> None:
         for task in self._watching:
             task.cancel()
         if self._starting is not None and not self._starting.done():
+            self._interrupted = True
             self._starting.cancel()
             await asyncio.wait({self._starting})
-        if self._core is not None:
-            await self._core.close()
-        elif self._was_ready and self._container is None:
-            await self._remove_leftover()
+        with self._sweepable():
+            if self._core is not None:
+                await self._core.close()
+            elif self._restarted and self._container is None:
+                await remove_leftover(self._plan, self._around)
         self.state = "closed"
 
-    async def _remove_leftover(self) -> None:
-        """Remove the container of the process before this one, which never came to attach to it."""
-        with contextlib.suppress(SandboxEngineError):  # a sweep finds it
-            container = await find_container(self._plan, self._around)
-            if container is not None:
-                await container.remove()
+    @contextlib.contextmanager
+    def _sweepable(self, *, again: bool = False) -> Iterator[None]:
+        """Note that the engine failed, and may have kept something; ``again`` raises it as well."""
+        try:
+            yield
+        except SandboxEngineError as error:
+            self._engine_failed = self._engine_failed or not isinstance(error, _ITSELF)
+            if again:
+                raise
 
     async def _watch_loss(self, workspace: AgentWorkspace, container: SessionContainer) -> None:
         loss = await workspace.wait_lost()
         if self.state == "ready":
             self._loss = loss
             self.state = "lost"
-            with contextlib.suppress(SandboxEngineError):  # `stop` or a sweep does it
+            with contextlib.suppress(SandboxEngineError):  # `stop` tries again
                 await container.remove()
 
     async def _watch_disk(self, workspace: AgentWorkspace, container: SessionContainer) -> None:

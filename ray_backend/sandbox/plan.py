@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from apothic.options import ClassOptions
-from apothic.values import SandboxSpec
+from apothic.digests import digest_of
+from apothic.volume import StorageMount
+from ray_backend.dockerfile import base_reference
 from ray_backend.registry import Registry
 
-__all__ = ["ACK_EVERY", "AHEAD", "SandboxPlan", "Unsettled"]
+if TYPE_CHECKING:
+    from apothic.image import Image
+    from apothic.values import SandboxSpec
+
+__all__ = ["ACK_EVERY", "AHEAD", "SandboxPlan", "SessionOptions", "Unsettled"]
 
 AHEAD = 8
-"""Items, of at most 1 MiB, that a stream may be ahead of its consumer."""
+"""Items, of at most 4 MiB, that a stream may be ahead of its consumer."""
 
 ACK_EVERY = 4
 """Items after which the consumer confirms."""
+
+
+class SessionOptions(NamedTuple):
+    """What a session heeds of a definition's options, under their names."""
+
+    cpu: float
+    memory_mb: int
+    disk_gb: float | None
+    concurrent_requests: int
+    secrets: tuple[str, ...]
+    mounts: tuple[StorageMount, ...]
 
 
 class Unsettled(NamedTuple):
@@ -68,20 +85,75 @@ class SandboxPlan:
         """Whether its actor opens the container; one that is not settled is made again first."""
         return self.settled or not self.named
 
-    @functools.cached_property
+    @property
     def spec(self) -> SandboxSpec:
         """The definition."""
+        # With it comes pydantic: a quarter of a second on the way to a session, if it were imported.
+        from apothic.values import SandboxSpec
+
         return SandboxSpec.model_validate_json(self.spec_json)
 
+    @property
+    def app(self) -> str:
+        """The definition's app."""
+        return str(self._definition["app"])
+
+    @property
+    def sandbox(self) -> str:
+        """The definition's name."""
+        return str(self._definition["name"])
+
+    @property
+    def network(self) -> str:
+        """``none`` or ``internet``."""
+        return str(self._definition["network"])
+
+    @property
+    def spec_digest(self) -> str:
+        """The definition's digest."""
+        return digest_of(self._definition)
+
     @functools.cached_property
-    def options(self) -> ClassOptions:
-        """Its checked options."""
-        return ClassOptions.model_validate(self.spec.options)
+    def options(self) -> SessionOptions:
+        """What a session heeds of the options, which were checked where they were written."""
+        found = self._definition["options"]
+        return SessionOptions(
+            cpu=found["cpu"],
+            memory_mb=found["memory_mb"],
+            disk_gb=found["constraints"]["disk_gb"],
+            concurrent_requests=found["concurrent_requests"],
+            secrets=tuple(found["secrets"]),
+            mounts=tuple(
+                StorageMount(
+                    mount["volume"],
+                    mount["backend"],
+                    mount["size_gb"],
+                    mount["path"],
+                    mount["create_if_missing"],
+                )
+                for mount in found["mounts"]
+            ),
+        )
+
+    @property
+    def image(self) -> str | Image:
+        """The reference of an image that is used as it is, or a recipe with steps."""
+        found = self._definition["options"]["image"] or {}
+        if not found.get("steps"):
+            return base_reference(found.get("base"), found.get("python_version"))
+        from apothic.image import Image  # with it comes pydantic
+
+        return Image.model_validate(found)
+
+    @functools.cached_property
+    def _definition(self) -> Mapping[str, Any]:
+        definition: Mapping[str, Any] = json.loads(self.spec_json)
+        return definition
 
     @property
     def label(self) -> str:
         """Name the session in messages."""
-        return f"{self.spec.app}.{self.spec.name} {self.sandbox_id!r}"
+        return f"{self.app}.{self.sandbox} {self.sandbox_id!r}"
 
     @property
     def container_name(self) -> str:

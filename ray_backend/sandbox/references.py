@@ -29,6 +29,7 @@ from ray_backend import ray_api
 from ray_backend.actors.gate import CONSUMER_KEY
 from ray_backend.moves import find_other_actor
 from ray_backend.names import SESSION_MARK
+from ray_backend.sandbox.packed import pack_arguments, unpack_result
 from ray_backend.sandbox.plan import ACK_EVERY
 from ray_backend.translate import translate, was_never_sent
 
@@ -123,7 +124,7 @@ class RaySandbox(SandboxRef):
             )
         submit = getattr(self._actor, verb).options(num_returns="streaming").remote
         return RaySandboxStream(
-            self, submit(*args, **{CONSUMER_KEY: self._sandboxes.client.holder})
+            self, submit(*pack_arguments(args), **{CONSUMER_KEY: self._sandboxes.client.holder})
         )
 
     @override
@@ -303,13 +304,14 @@ class RaySandboxCall(CallRef):
         self._session = session
         self._verb = verb
         self._again = session.handle.named
-        self._args = args if self._again else ()  # kept only where needed: they can be large
-        self._ref = getattr(session.native, verb).remote(*args)
+        packed = pack_arguments(args)
+        self._args = packed if self._again else ()  # kept only where needed: they can be large
+        self._ref = getattr(session.native, verb).remote(*packed)
 
     @override
     def result(self, timeout_s: float | None = None) -> Any:
         try:
-            return ray.get(self._ref, timeout=timeout_s)
+            return unpack_result(ray.get(self._ref, timeout=timeout_s))
         except rays.RayError as error:
             return self._recover(error, timeout_s)
 
@@ -320,7 +322,7 @@ class RaySandboxCall(CallRef):
             try:
                 self._session.wait_for_restart()
                 self._ref = getattr(self._session.native, self._verb).remote(*self._args)
-                return ray.get(self._ref, timeout=timeout_s)
+                return unpack_result(ray.get(self._ref, timeout=timeout_s))
             except rays.RayError as later:
                 error = later
         found = self._session.error_of(error, timeout_s)
@@ -334,7 +336,7 @@ class RaySandboxCall(CallRef):
             error = raw.exception()
             if error is None:
                 if future.set_running_or_notify_cancel():
-                    future.set_result(raw.result())
+                    future.set_result(unpack_result(raw.result()))
             else:
                 # Ray calls this on the thread that its replies come on, which must not wait.
                 self._session.in_background.submit(self._finish, future, error)
@@ -398,7 +400,7 @@ class RaySandboxStream(ItemStream):
         except rays.RayError as error:
             self._fail(error)
         self._confirm()
-        return item
+        return unpack_result(item)
 
     @override
     async def anext_item(self) -> Any:
@@ -411,7 +413,7 @@ class RaySandboxStream(ItemStream):
             # Off the loop: it may wait to learn what became of the session.
             await asyncio.wrap_future(self._session.in_background.submit(self._fail, error))
         self._confirm()
-        return item
+        return unpack_result(item)
 
     def _fail(self, error: rays.RayError) -> NoReturn:
         self._open = False

@@ -113,7 +113,7 @@ class Sandboxes:
         plan, node_id = unsettled
 
         def make() -> Launched:
-            placement = self._place(self.view(), plan.options)
+            placement = self._place(self.view(), ClassOptions.model_validate(plan.spec.options))
             return self._make(plan, placement.on_node(node_id).with_a_node())
 
         launched = take_over(
@@ -143,6 +143,9 @@ class Sandboxes:
         except BaseException:
             if _find(name) is None:
                 self.client.manager.ask(lambda manager: manager.forget.remote(name))
+            elif not request.named:  # interrupted, and nobody knows its id
+                holder = self.client.holder
+                self.client.manager.ask(lambda manager: manager.release.remote(name, holder))
             raise
         handle = SandboxHandle(
             cluster_id=self.client.cluster_id,

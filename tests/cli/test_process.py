@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from apothic import App, Volume, method
+from apothic import App, Image, Volume, method
+from ray_backend.sandbox.engine.connection import Engine
 from tests.support import driver_env
 
 pytestmark = pytest.mark.ray
@@ -58,6 +59,20 @@ def test_looking_at_a_leased_instance_neither_ends_nor_keeps_it(ray_cluster: str
         assert instance.ping.remote() == "pong"
     gone = run(ray_cluster, "instances", "cli-process", "--json")
     assert json.loads(gone.stdout) == []
+
+
+@pytest.mark.docker
+def test_looking_at_a_leased_session_neither_ends_nor_keeps_it(
+    ray_cluster: str, docker_engine: Engine
+) -> None:
+    image = Image.from_registry("apothic-test-busybox")
+    box = App("cli-process").sandbox(name="box", cpu=0, memory_mb=64, image=image)
+    with box.create(cwd="/work") as session:
+        seen = run(ray_cluster, "sandboxes", "inspect", f"cli-process:box:{session.id}")
+        info = json.loads(seen.stdout)
+        assert (info["named"], info["cwd"]) == (False, "/work")
+        assert session.exec("echo on", shell=True).stdout == "on\n"
+    assert run(ray_cluster, "sandboxes").stdout == "no session lives\n"
 
 
 def test_a_secret_is_no_argument(ray_cluster: str) -> None:

@@ -50,6 +50,27 @@ def test_named_instances_end_with_their_cluster(tmp_path: Path, how: str) -> Non
         eventually(lambda: all(process_is_gone(pid) for pid in pids))
 
 
+AWAITED = """
+import asyncio
+
+
+async def main():
+    inst = await Logged.aio.named('n', LOG)
+    print('PID', await inst.pid.aio.remote(), flush=True)
+
+
+asyncio.run(main())
+"""
+
+
+def test_a_cluster_that_a_coroutine_started_lives_until_the_hooks_have_run(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with running(start_driver(tmp_path, AWAITED, log)) as driver:
+        pid = int(finish(driver).split()[-1])
+    eventually(lambda: process_is_gone(pid))
+    assert words(log) == LIFE
+
+
 def test_it_says_so_on_standard_error(tmp_path: Path) -> None:
     with running(start_driver(tmp_path, "app.client", tmp_path / "log")) as driver:
         _, err = driver.communicate(timeout=60)

@@ -9,18 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from ray_backend.sandbox.engine.connection import Engine
 from tests.support import driver_env
 
 pytestmark = pytest.mark.ray
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+BUSYBOX, DEBIAN = "apothic-test-busybox", "apothic-test-debian"
 
 
-def run(name: str, *args: str, address: str | None = None) -> str:
+def run(name: str, *args: str, address: str | None = None, **variables: str) -> str:
     """Run an example to its end; give what it wrote to standard output."""
+    return run_python(str(EXAMPLES / name), *args, address=address, **variables)
+
+
+def run_python(*args: str, address: str | None = None, **variables: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *args],
-        env=driver_env(address),
+        [sys.executable, *args],
+        cwd=EXAMPLES.parent,
+        env={**driver_env(address), **variables},
         capture_output=True,
         text=True,
         timeout=120,
@@ -30,8 +37,9 @@ def run(name: str, *args: str, address: str | None = None) -> str:
     return done.stdout
 
 
-def test_quickstart_on_a_ray_of_its_own() -> None:
-    out = run("quickstart.py", "--keep")
+@pytest.mark.docker
+def test_quickstart_on_a_ray_of_its_own(docker_engine: Engine) -> None:
+    out = run("quickstart.py", "--keep", APOTHIC_EXAMPLE_IMAGE=BUSYBOX)
     assert int(found(r"indexed (\d+) modules", out)) > 300
     assert re.search(r"heap queue +heapq +Heap queue algorithm", out)
     assert re.search(r"temporary directory +tempfile ", out)
@@ -57,6 +65,47 @@ def test_quickstart_on_a_ray_of_its_own() -> None:
     searches = re.findall(r"library, process \d+: index closed after (\d+) searches", out)
     assert sum(map(int, searches)) == 5
     assert f"shared, process {home}: index closed after 1 searches" in out
+
+    assert "a container without network was ready" in out
+    assert "wc -w hits.txt: 32 hits.txt, exit status 0" in out
+    assert re.findall(r"stdout: (\w+)", out) == ["difflib", "heapq"]
+    assert "stderr: cat: can't open 'missing'" in out
+    assert "stopped after 0.2 s; of these are alive: 0" in out
+    assert re.search(r"200 programs, one after the other: \d+\.\d ms each", out)
+
+
+def test_quickstart_says_why_it_has_no_sandbox(tmp_path: Path) -> None:
+    part = "from examples.quickstart import show_sandbox; show_sandbox([])"
+    socket = tmp_path / "docker.sock"
+    out = run_python("-c", part, DOCKER_HOST=f"unix://{socket}")
+    assert out.startswith("  left out: quickstart.workspace ")
+    assert f"there is no Docker socket {socket} on this node. Install Docker" in out
+
+
+@pytest.mark.docker
+def test_agent_workspace(ray_cluster: str, docker_engine: Engine) -> None:
+    out = run("agent_workspace.py", address=ray_cluster, APOTHIC_EXAMPLE_IMAGE=DEBIAN)
+    first, second = out.split("patched roman/numerals.py")
+    assert "assert 'IIII' == 'IV'" in first
+    assert "  | 4 failed, 5 passed in" in first
+    assert "  | 9 passed in" in second
+    assert re.search(r"downloaded report.xml, \d+ bytes: 9 tests, 0 failed\n$", second)
+
+
+@pytest.mark.docker
+def test_rollouts(ray_cluster: str, docker_engine: Engine) -> None:
+    count = ("--sessions", "5", "--parallel", "3")
+    out = run("rollouts.py", *count, address=ray_cluster, APOTHIC_EXAMPLE_IMAGE=BUSYBOX)
+    assert "5 sessions, 3 at once, in" in out
+    rewards = dict(re.findall(r"^(.*\S) +([01]\.\d\d) +\d+\.\d{3}$", out, re.MULTILINE))
+    assert rewards == {
+        "sort -u": "1.00",
+        "awk": "1.00",
+        "uniq": "0.00",
+        "no such file": "0.00",
+        "too slow": "0.00",
+    }
+    assert 1 <= float(found(r"too slow +0.00 +(\S+)", out)) < 10
 
 
 def test_named_counter_says_when_it_cannot_be_kept() -> None:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support import eventually, processes_of_run
+from tests.support import eventually, processes_of_run, processes_of_session
 
 HEAD_VARIABLE = "APOTHIC_TEST_HEAD"
 _PORTS = ("gcs", "dashboard", "client", "agent")
@@ -134,6 +134,7 @@ def running_head(python: Path = Path(sys.executable), token: str | None = None) 
             cwd=directory,
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )  # fmt: skip
         stack.callback(_end, process, mark)
         eventually(lambda: _answers(head) or process.poll() is not None, 90)
@@ -174,17 +175,23 @@ def _answers(head: Head) -> bool:
     if head.token:
         request.add_header("Authorization", f"Bearer {head.token}")
     try:
-        with urllib.request.urlopen(request, timeout=5):
+        with (
+            urllib.request.urlopen(request, timeout=5),
+            socket.create_connection(("127.0.0.1", head.ports["client"]), timeout=5),
+        ):
             return True
     except OSError:
         return False
 
 
 def _end(process: subprocess.Popen[bytes], mark: str) -> None:
-    """End the head and whatever it started, known by a variable in the environment of them all."""
+    """End the head and whatever it started, known by a variable in the environment of them all.
+
+    Some write their title over it; they are of its session.
+    """
 
     def killed() -> bool:
-        left = processes_of_run(HEAD_VARIABLE, mark)
+        left = processes_of_run(HEAD_VARIABLE, mark).keys() | processes_of_session(process.pid)
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

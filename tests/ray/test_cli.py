@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from apothic import App, Cls, Secret, Volume, exit, method
+from apothic import App, Cls, Image, Secret, Volume, exit, method
 from apothic.cli import main
+from apothic.errors import SandboxClosedError
+from ray_backend.sandbox.engine.connection import Engine
 from tests.support import driver_env, eventually
 
 pytestmark = pytest.mark.ray
@@ -39,6 +41,15 @@ class Huge:
     def work(self) -> None: ...
 
 
+bench = app.sandbox(
+    name="bench",
+    cpu=0,
+    memory_mb=64,
+    image=Image.from_registry("apothic-test-busybox"),
+    tags=["slow"],
+)
+
+
 def said(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 0) -> str:
     """Run the command; give what it wrote, to standard error if it is to fail."""
     capsys.readouterr()
@@ -50,11 +61,14 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 0) -> str
 def test_apps_and_instances(ray_cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
     deployment = app.deploy()
     out = said(capsys, "apps")
-    assert ["cli-tests:Shelf", "fast,small", deployment] in [
-        line.split() for line in out.splitlines()
+    listed = [line.split() for line in out.splitlines()]
+    assert ["cli-tests:Shelf", "class", "fast,small", deployment] in listed
+    assert ["cli-tests:bench", "sandbox", "slow", deployment] in listed
+    [each] = [
+        each for each in json.loads(said(capsys, "--json", "apps")) if each["app"] == "cli-tests"
     ]
-    apps = json.loads(said(capsys, "--json", "apps"))
-    assert {"Shelf": ["fast", "small"], "Huge": []} in [each["classes"] for each in apps]
+    assert each["classes"] == {"Shelf": ["fast", "small"], "Huge": []}
+    assert each["sandboxes"] == {"bench": ["slow"]}
 
     shelf = Shelf.named("a:b")
     try:
@@ -100,10 +114,41 @@ def test_inspect_classes_and_apps(ray_cluster: str, capsys: pytest.CaptureFixtur
     assert set(json.loads(said(capsys, "inspect", "cli-tests"))["classes"]) == {"Shelf", "Huge"}
 
 
+@pytest.mark.docker
+def test_sandboxes(
+    ray_cluster: str, docker_engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app.deploy()
+    assert said(capsys, "sandboxes", "list", "cli-tests") == "no session lives\n"
+    named, leased = bench.named("a:b"), bench.create()
+    lines = [line.split() for line in said(capsys, "sandboxes").splitlines()]
+    assert lines[0] == ["SESSION", "LIVES", "STATE", "RESTARTS", "NODE", "NETWORK"]
+    assert ["cli-tests:bench:a:b", "named", "ready", "0"] in [line[:4] for line in lines]
+    assert [f"cli-tests:bench:{leased.id}", "leased", "ready", "0"] in [line[:4] for line in lines]
+    found = json.loads(said(capsys, "sandboxes", "list", "cli-tests:bench", "--json"))
+    assert {info["sandbox_id"] for info in found} == {"a:b", leased.id}
+    assert said(capsys, "instances", "cli-tests") == "no instance lives\n"
+
+    info = json.loads(said(capsys, "sandboxes", "inspect", "cli-tests:bench:a:b"))
+    assert info["container_id"] == named.inspect().container_id
+    assert (info["named"], info["network"], info["cwd"]) == (True, "none", "/")
+    definition = json.loads(said(capsys, "sandboxes", "inspect", "cli-tests:bench"))
+    assert set(definition["sessions"]) == {"a:b", leased.id}
+
+    for session in (named, leased):
+        name = f"cli-tests:bench:{session.id}"
+        assert said(capsys, "sandboxes", "close", name) == f"closed {name}\n"
+        assert "does not live" in said(capsys, "sandboxes", "close", name, status=1)
+        with pytest.raises(SandboxClosedError):
+            session.exec("true")
+    assert said(capsys, "sandboxes", "list", "cli-tests") == "no session lives\n"
+
+
 def test_offers(ray_cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
     app.deploy()
     assert "free now" in said(capsys, "offers")
     assert "cpu=0" in said(capsys, "offers", "--for", "cli-tests:Shelf")
+    assert "cpu=0" in said(capsys, "offers", "--for", "cli-tests:bench")
     assert "no node can ever run cpu=10000" in said(capsys, "offers", "--for", "cli-tests:Huge")
 
 
@@ -183,8 +228,13 @@ def test_volumes(ray_cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["inspect", "a::b"], "takes APP[:CLASS[:ID]]"),
         (["close", "cli-tests:Shelf"], "names no instance"),
         (["close", "cli-tests:Shelf:nobody"], "does not live"),
-        (["offers", "--for", "cli-tests"], "names no class"),
-        (["instances", "a:b:c"], "takes APP:CLASS"),
+        (["offers", "--for", "cli-tests"], "names no class or sandbox"),
+        (["sandboxes", "inspect", "cli-tests"], "names no sandbox"),
+        (["sandboxes", "inspect", "cli-tests:nothing"], "has no sandbox 'nothing'"),
+        (["sandboxes", "inspect", "cli-tests:bench:nobody"], "does not live"),
+        (["sandboxes", "close", "cli-tests:bench"], "names no session"),
+        (["sandboxes", "list", "a:b:c"], "takes APP[:SANDBOX]"),
+        (["instances", "a:b:c"], "takes APP[:CLASS]"),
     ],
 )
 def test_failures_are_one_sentence(

@@ -153,6 +153,7 @@ def test_kind_of_connection(ray_cluster: str) -> None:
     assert not ray_api.is_client_mode()
     node = ray_api.live_nodes()[0]
     assert {"NodeID", "Alive", "Resources", "Labels"} <= node.keys()
+    assert ray_api.connection_id() == ray_api.connection_id() != ""
 
 
 def test_a_call_to_a_restarting_actor_was_never_sent(ray_cluster: str, tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ class Agent:
         wrap: Sequence[str] = (),
         env: dict[str, str] | None = None,
         preexec: Callable[[], None] | None = None,
+        connect: bool = True,
     ) -> None:
         self.mark = uuid.uuid4().hex
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the agent
@@ -120,13 +121,27 @@ class Agent:
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.to_agent = self.process.stdin.fileno()
-        self.from_agent = self.process.stdout.fileno()
-        os.set_blocking(self.to_agent, False)
-        os.set_blocking(self.from_agent, False)
         self.selector = selectors.DefaultSelector()
-        self.selector.register(self.from_agent, selectors.EVENT_READ)
-        self.connect()
+        self.move(self.process.stdin.fileno(), self.process.stdout.fileno())
+        if connect:
+            self.connect()
+
+    def move(self, to_agent: int, from_agent: int) -> None:
+        """Speak over these descriptors from now on."""
+        for known in list(self.selector.get_map()):
+            self.selector.unregister(known)
+        self.to_agent, self.from_agent = to_agent, from_agent
+        os.set_blocking(to_agent, False)
+        os.set_blocking(from_agent, False)
+        self.selector.register(from_agent, selectors.EVENT_READ)
+
+    def drop(self) -> None:
+        """Close both descriptors, as the death of a client does."""
+        for known in list(self.selector.get_map()):
+            self.selector.unregister(known)
+        os.close(self.to_agent)
+        os.close(self.from_agent)
+        self.eof = True
 
     def connect(self, *, resync: bool = False) -> None:
         """Become a new client of the same agent."""

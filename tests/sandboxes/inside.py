@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from apothic import SandboxSession
@@ -34,6 +36,16 @@ class ContainerConformance(SandboxSuite):
         docker_engine.kill(session.inspect().container_id or "")
         with pytest.raises(SandboxLostError, match="killed or removed from outside"):
             session.exec("true")
+
+    def test_the_agent_cannot_be_killed_from_inside(self, session: SandboxSession) -> None:
+        session.exec("sleep 1000 &", shell=True)
+        kills = "for n in $(seq 1 64); do kill -$n 1; done; kill -9 1; kill -STOP 1; echo END"
+        assert session.exec(kills, shell=True).stdout == "END\n"
+        with contextlib.suppress(SandboxLostError):  # it takes what watches over itself along
+            session.exec("kill -9 -1", shell=True, timeout_s=20)
+        assert session.exec("echo on", shell=True).stdout == "on\n"
+        left = session.exec("ls -d /proc/[0-9]* | wc -l", shell=True).check()
+        assert int(left.stdout) < 10
 
     def test_nothing_is_reached_from_inside(self, session: SandboxSession, python: str) -> None:
         script = """

@@ -13,6 +13,7 @@ __all__ = [
     "AGENT_DIRECTORY",
     "CAPABILITIES",
     "DEFAULT_PIDS",
+    "LINK_DIRECTORY",
     "RUNTIME_VARIABLE",
     "BindMount",
     "ContainerSpec",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 AGENT_DIRECTORY = "/.apothic"
+LINK_DIRECTORY = "/.apothic-link"
 RUNTIME_VARIABLE = "APOTHIC_SANDBOX_RUNTIME"
 DEFAULT_PIDS = 1024
 OPEN_FILES = 16_384
@@ -65,6 +67,7 @@ class ContainerSpec:
         command: PID 1 and its arguments; the image's own entrypoint is not run.
         labels: of `OwnerLabels`.
         agent_volume: the volume at ``/.apothic``, read-only.
+        link_directory: a directory of the engine's host at ``/.apothic-link``, read-only, or None.
         cpu: cores; 0 sets no quota.
         memory_mb: in MiB, swap included.
         pids: the most processes and threads at once.
@@ -87,6 +90,7 @@ class ContainerSpec:
     memory_mb: int
     cpu: float = 1
     pids: int = DEFAULT_PIDS
+    link_directory: str | None = None
     disk_gb: float | None = None
     gpu_ids: tuple[str, ...] = ()
     mounts: tuple[BindMount, ...] = ()
@@ -206,8 +210,16 @@ def _mounts(spec: ContainerSpec) -> list[dict[str, Any]]:
         "ReadOnly": True,
         "VolumeOptions": {"NoCopy": True},  # nothing of the image comes into it
     }
+    link = {
+        "Type": "bind",
+        "Source": spec.link_directory,
+        "Target": LINK_DIRECTORY,
+        "ReadOnly": True,
+        "BindOptions": {"Propagation": "rprivate"},
+    }
     return [
         agent,
+        *([] if spec.link_directory is None else [link]),
         *(
             {
                 "Type": "bind",

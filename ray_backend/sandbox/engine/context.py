@@ -7,12 +7,14 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Callable
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from apothic.image import Image
-from apothic.values import digest_of
+from apothic.digests import digest_of
 from ray_backend.dockerfile import CONTEXT_DIRECTORY, dockerfile_of, is_build_context
 from ray_backend.sandbox.engine.labels import BASE, BUILD, BUILD_UNFINISHED
+
+if TYPE_CHECKING:
+    from apothic.image import Image
 
 __all__ = ["DOCKERFILE", "recipe_digest", "write_context"]
 

@@ -9,19 +9,21 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import docker.errors
 from docker.utils import parse_repository_tag
 
 from apothic.errors import ImageBuildError, ImageNotFoundError
-from apothic.image import Image
 from ray_backend.dockerfile import base_of, dockerfile_of
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.context import DOCKERFILE, recipe_digest, write_context
 from ray_backend.sandbox.engine.labels import BASE, BUILD, BUILD_UNFINISHED
 from ray_backend.sandbox.engine.locks import held, held_if_free
 from ray_backend.sandbox.engine.translate import is_conflict, translated
+
+if TYPE_CHECKING:
+    from apothic.image import Image
 
 __all__ = ["ImageDefaults", "Progress", "clean_builds", "ensure_image", "image_defaults"]
 
@@ -74,7 +76,7 @@ def image_defaults(engine: Engine, reference: str) -> ImageDefaults:
 
 def ensure_image(
     engine: Engine,
-    image: Image,
+    image: str | Image,
     fetch: Callable[[str], bytes],
     *,
     progress: Progress | None = None,
@@ -86,7 +88,7 @@ def ensure_image(
 
     Args:
         engine: where.
-        image: the recipe, its files packed.
+        image: a reference, or a recipe, its files packed.
         fetch: gives a packed file's archive by digest.
         progress: takes lines of what happens.
 
@@ -96,9 +98,10 @@ def ensure_image(
         InvalidOptionError: when the recipe cannot be written as a Dockerfile.
     """
     tell = progress or (lambda line: None)
-    if not image.steps:
-        _ensure_present(engine, base_of(image), tell)
-        return base_of(image)
+    if isinstance(image, str) or not image.steps:
+        reference = image if isinstance(image, str) else base_of(image)
+        _ensure_present(engine, reference, tell)
+        return reference
     tag = f"{REPOSITORY}:{recipe_digest(image)[:32]}"
     if _is_current(engine, image, tag):
         return tag

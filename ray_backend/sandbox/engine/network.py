@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import docker.errors
 
@@ -39,6 +39,10 @@ __all__ = [
 
 DNS_VARIABLE = "APOTHIC_SANDBOX_DNS"
 """IPv4 name servers for sandboxes, separated by commas; the host's own when not set."""
+
+
+SWEEP = "sweep"
+"""In place of a session, on what helps with a sweep; no session is named so."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,9 @@ def internet_network(
         with held("network-setup", engine.info.id):
             network = _find(engine, shared) or _create(engine, shared)
             at("network")
-            servers = tuple(given) or host_name_servers(engine, shared)
-            enforce(engine, shared, Rules(network.bridge, servers, tuple(blocked)))
+            # What helps with it is the session's: a sweep finds it when this process is killed.
+            servers = tuple(given) or host_name_servers(engine, owner)
+            enforce(engine, owner, Rules(network.bridge, servers, tuple(blocked)))
             at("network-rules")
         yield InternetNetwork(network.id, network.name, network.bridge, network.owner, tuple(given))
 
@@ -99,7 +104,7 @@ def release_internet(engine: Engine, owner: OwnerLabels) -> bool:
     Call it when a container that used it has gone. False when it stays, or there was none.
     """
     network = _find(engine, owner)
-    return network is not None and remove_network_if_unused(engine, network)
+    return network is not None and remove_network_if_unused(engine, network, owner)
 
 
 def list_networks(engine: Engine) -> list[InternetNetwork]:
@@ -117,13 +122,23 @@ def list_networks(engine: Engine) -> list[InternetNetwork]:
     ]
 
 
-def remove_network_if_unused(engine: Engine, network: InternetNetwork) -> bool:
-    """Remove a network and its rules; False when a container or one being created needs it."""
+def remove_network_if_unused(
+    engine: Engine, network: InternetNetwork, helper: OwnerLabels | None = None
+) -> bool:
+    """Remove a network and its rules; False when a container or one being created needs it.
+
+    Args:
+        engine: where.
+        network: which.
+        helper: the labels of what helps with it; of no live session when left out.
+    """
     if network.owner is None:
         return False
     owner = network.owner
-    # Not waited for: who holds it creates a container just now.
-    with held_if_free("network", engine.info.id, owner.cluster, owner.namespace) as free:
+    key = (engine.info.id, owner.cluster, owner.namespace)
+    # Others that remove are waited for: each may have seen the container that another has removed
+    # since. Who creates a container just now is not: it removes the network when it is done with it.
+    with held("network-removal", *key), held_if_free("network", *key) as free:
         if not free:
             return False
         with translated(f"remove the network {network.name!r}"):
@@ -141,7 +156,7 @@ def remove_network_if_unused(engine: Engine, network: InternetNetwork) -> bool:
                 raise
         with held("network-setup", engine.info.id):
             alive = [one.bridge for one in list_networks(engine)]
-            remove_rules(engine, owner, alive)
+            remove_rules(engine, helper or replace(owner, session=SWEEP), alive)
     return True
 
 

@@ -74,24 +74,27 @@ def sweep(
         SandboxEngineError: when the engine fails; what was removed until then is.
     """
 
-    def doomed(owner: OwnerLabels | None) -> bool:
+    def doomed(owner: OwnerLabels | None, live: Collection[str] | None = None) -> bool:
         return is_doomed(
             owner,
             cluster_id=cluster_id,
             namespace=namespace,
-            live_sessions=live_sessions(),
+            live_sessions=live_sessions() if live is None else live,
             raylet_alive=raylet_alive,
         )
 
+    listed = engine.list_containers({CLUSTER: None, NAMESPACE: namespace})
+    unfinished = find_unfinished_volumes(engine)
+    live = live_sessions()  # asked again for the few that it dooms
     containers = [
         found.name
-        for found in engine.list_containers({CLUSTER: None, NAMESPACE: namespace})
-        if doomed(found.owner) and engine.remove(found.id)
+        for found in listed
+        if doomed(found.owner, live) and doomed(found.owner) and engine.remove(found.id)
     ]
     volumes = [
         name
-        for name, owner in find_unfinished_volumes(engine)
-        if doomed(owner) and remove_volume(engine, name)
+        for name, owner in unfinished
+        if doomed(owner, live) and doomed(owner) and remove_volume(engine, name)
     ]
     networks = [
         network.name

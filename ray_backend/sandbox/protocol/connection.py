@@ -31,7 +31,13 @@ from ray_backend.sandbox.agent.constants import (
 from ray_backend.sandbox.protocol import replies, requests
 from ray_backend.sandbox.protocol.errors import AgentVersionError, ProtocolError
 from ray_backend.sandbox.protocol.events import Event, Killed, Welcome
-from ray_backend.sandbox.protocol.frames import HEADER, FrameReader, encode_frame, encode_request
+from ray_backend.sandbox.protocol.frames import (
+    HEADER,
+    FrameReader,
+    encode_frame,
+    encode_frames,
+    encode_request,
+)
 from ray_backend.sandbox.protocol.streams import EXPECTED, LAST, Stream, StreamKind
 
 _HELLO = struct.Struct(f"<H{NONCE_BYTES}s")
@@ -260,10 +266,7 @@ class AgentConnection:
             raise ValueError(f"stream {stream} takes {entry.window} bytes now, not {len(view)}")
         entry.window -= len(view)
         entry.unused += len(view)
-        pieces = range(0, len(view), FRAME_BODY_MAX)
-        return b"".join(
-            encode_frame(FrameType.DATA, stream, view[at : at + FRAME_BODY_MAX]) for at in pieces
-        )
+        return encode_frames(FrameType.DATA, stream, view)
 
     def end(self, stream: int) -> bytes:
         """Say that no more input comes.

@@ -30,6 +30,15 @@ def encode_frame(kind: int, stream: int, body: bytes | bytearray | memoryview = 
     return b"".join((HEADER.pack(len(body), stream, kind), body, _TRAILER))
 
 
+def encode_frames(kind: int, stream: int, body: memoryview) -> bytes:
+    """Give as many frames as a body needs, copying it once."""
+    pieces: list[bytes | memoryview] = []
+    for at in range(0, len(body), FRAME_BODY_MAX):
+        piece = body[at : at + FRAME_BODY_MAX]
+        pieces += (HEADER.pack(len(piece), stream, kind), piece, _TRAILER)
+    return b"".join(pieces)
+
+
 class FrameReader:
     """Cuts a byte stream into frames, however it is chopped; holds at most one of them."""
 

@@ -1,0 +1,39 @@
+"""Counting what sessions have left: on the engine, on the cluster, in its registry, as processes."""
+
+from __future__ import annotations
+
+import os
+
+from apothic.backend import connect
+from ray_backend.manager import instance_names
+from ray_backend.registry import Registry
+from ray_backend.sandbox.engine.connection import Engine
+from ray_backend.sandbox.engine.labels import BUILD, BUILD_UNFINISHED
+from tests.docker.support import left_of
+from tests.support import RUN_VARIABLE, processes_of_run
+
+
+def left_by_sessions(engine: Engine) -> list[str]:
+    """Name all that is left of the sessions of the cluster that this process is connected to."""
+    registry = Registry()
+    actors = processes_of_run(RUN_VARIABLE, os.environ[RUN_VARIABLE])
+    seats = registry.list_seats()
+    return [
+        *left_of(engine, connect().cluster_id),
+        *instance_names(),
+        *(f"lease of {name}" for name in registry.list_leases()),
+        *(f"seat of {name}" for names in seats.values() for name in names),
+        *(f"arguments: {key}" for key in registry.list_blobs() if key.startswith("arguments/")),
+        *(f"start of {name}" for name in registry._list("start/")),
+        *(f"process {pid}: {line}" for pid, line in actors.items() if "SandboxActor" in line),
+        *left_of_builds(engine),
+    ]
+
+
+def left_of_builds(engine: Engine) -> list[str]:
+    """Name the containers and untagged images that builds have left."""
+    wanted = {"label": f"{BUILD}={BUILD_UNFINISHED}", "dangling": True}
+    return [
+        *(f"build {one.name}" for one in engine.list_containers({BUILD: BUILD_UNFINISHED})),
+        *(f"image {one['Id'][:19]}" for one in engine.api.images(filters=wanted)),
+    ]
