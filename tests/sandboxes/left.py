@@ -7,6 +7,7 @@ import os
 from apothic.backend import connect
 from ray_backend.manager import instance_names
 from ray_backend.registry import Registry
+from ray_backend.sandbox.engine.agent_volume import find_unfinished_volumes
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.labels import BUILD, BUILD_UNFINISHED
 from tests.docker.support import left_of
@@ -19,7 +20,7 @@ def left_by_sessions(engine: Engine) -> list[str]:
     actors = processes_of_run(RUN_VARIABLE, os.environ[RUN_VARIABLE])
     seats = registry.list_seats()
     return [
-        *left_of(engine, connect().cluster_id),
+        *left_of_sessions(engine, connect().cluster_id),
         *instance_names(),
         *(f"lease of {name}" for name in registry.list_leases()),
         *(f"seat of {name}" for names in seats.values() for name in names),
@@ -27,6 +28,20 @@ def left_by_sessions(engine: Engine) -> list[str]:
         *(f"start of {name}" for name in registry._list("start/")),
         *(f"process {pid}: {line}" for pid, line in actors.items() if "SandboxActor" in line),
         *left_of_builds(engine),
+    ]
+
+
+def left_of_sessions(engine: Engine, cluster: str) -> list[str]:
+    """Name what a cluster's sessions have left on an engine.
+
+    The volume that holds the agent is the whole engine's, whoever was the first to need it; another
+    run may have removed it meanwhile.
+    """
+    unfinished = {name for name, _ in find_unfinished_volumes(engine)}
+    return [
+        name
+        for name in left_of(engine, cluster)
+        if not name.startswith("apothic-agent-") or name in unfinished
     ]
 
 

@@ -14,7 +14,8 @@ import pytest
 from ray_backend.names import NAMESPACE
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.labels import CLUSTER, OWNER
-from tests.docker.support import BUSYBOX, left_of, new_owner
+from tests.docker.support import BUSYBOX, new_owner
+from tests.sandboxes.left import left_of_sessions
 from tests.sandboxes.own_engine import own_engine
 from tests.support import (
     eventually,
@@ -67,7 +68,7 @@ sys.stdin.read()
     found = docker_engine.inspect(named)
     assert found is not None
     assert found.running
-    assert len(left_of(docker_engine, dead)) == 2  # that one, and the network
+    assert len(left_of_sessions(docker_engine, dead)) == 2  # that one, and the network
 
     # This process stands in for the raylet of another cluster, which lives.
     living = new_owner("deaths:~s:n", namespace=NAMESPACE).as_labels()
@@ -90,14 +91,16 @@ assert session.exec("true").ok
             ours = read_line(driver, "UP")
             assert ours != dead
             eventually(lambda: docker_engine.inspect(named) is None)
-            eventually(lambda: [*left_of(docker_engine, dead)] == [made_name(docker_engine, made)])
+            eventually(
+                lambda: [*left_of_sessions(docker_engine, dead)] == [made_name(docker_engine, made)]
+            )
             finish(driver)
-        assert left_of(docker_engine, ours) == []
+        assert left_of_sessions(docker_engine, ours) == []
         assert all(docker_engine.inspect(each) is not None for each in made.values())
     finally:
         for each in made.values():
             docker_engine.remove(each)
-    assert left_of(docker_engine, dead) == []
+    assert left_of_sessions(docker_engine, dead) == []
 
 
 def test_a_cluster_ends_with_its_driver(
@@ -116,9 +119,9 @@ sys.stdin.read()
         driver.kill()
         driver.wait()
         try:
-            eventually(lambda: not left_of(docker_engine, cluster))
+            eventually(lambda: not left_of_sessions(docker_engine, cluster))
         except AssertionError:
-            raise AssertionError(left_of(docker_engine, cluster)) from None
+            raise AssertionError(left_of_sessions(docker_engine, cluster)) from None
         eventually(lambda: not processes_of_run(DOOMED, mark))
 
 
@@ -164,9 +167,3 @@ with sandbox.named("n") as again:
             go_on(driver)
             assert read_line(driver, "AGAIN") == "on"
             finish(driver)
-
-
-def made_name(engine: Engine, made: dict[str, str]) -> str:
-    found = engine.inspect(made["foreign"])
-    assert found is not None
-    return found.name

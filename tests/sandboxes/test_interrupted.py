@@ -25,6 +25,7 @@ from ray_backend.sandbox.host import SandboxHost
 from ray_backend.sandbox.plan import SandboxPlan
 from tests.docker.support import BUSYBOX, left_of, start_python
 from tests.sandboxes.direct import DirectEngine
+from tests.sandboxes.left import left_of_sessions
 from tests.sandboxes.own_engine import OwnEngine, own_engine
 from tests.support import eventually
 
@@ -162,7 +163,3 @@ def test_engine(how: str, docker_engine: Engine, monkeypatch: pytest.MonkeyPatch
         finally:
             use_client(previous)
             backend.disconnect()
-
-
-def left_of_sessions(engine: Engine, cluster: str) -> list[str]:
-    return [name for name in left_of(engine, cluster) if not name.startswith("apothic-agent")]

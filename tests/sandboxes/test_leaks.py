@@ -34,8 +34,8 @@ from ray_backend.names import MANAGER_NAME, NAMESPACE
 from ray_backend.ray_api import actor_record
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.labels import BUILD
-from tests.docker.support import BUSYBOX, left_of
-from tests.sandboxes.left import left_by_sessions, left_of_builds
+from tests.docker.support import BUSYBOX
+from tests.sandboxes.left import left_by_sessions, left_of_builds, left_of_sessions
 from tests.support import eventually, finish, process_is_gone, read_line, running, start_driver
 
 pytestmark = pytest.mark.ray
@@ -113,7 +113,7 @@ def test_closed_twice_at_once_while_verbs_run(sandbox: Sandbox, docker_engine: E
             assert isinstance(running_exec.exception(), SandboxClosedError | SandboxLostError)
     with pytest.raises((SandboxClosedError, SandboxLostError)):
         list(stream)
-    assert left_of(docker_engine, connect().cluster_id) == []
+    assert left_of_sessions(docker_engine, connect().cluster_id) == []
 
 
 @pytest.mark.parametrize("how", ["ended", "SIGKILL"])
@@ -145,7 +145,7 @@ def test_container_killed_from_outside(sandbox: Sandbox, docker_engine: Engine):
     docker_engine.kill(container_of(session))
     with pytest.raises(SandboxLostError, match="killed or removed from outside"):
         session.exec("true")
-    eventually(lambda: not left_of(docker_engine, connect().cluster_id))
+    eventually(lambda: not left_of_sessions(docker_engine, connect().cluster_id))
     session.close()
     named = sandbox.named("n")
     docker_engine.remove(container_of(named))
@@ -231,7 +231,7 @@ def test_failed_starts(client: ControlPlaneClient, docker_engine: Engine):
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(fail, [(name, named) for name in cases for named in (True, False)]))
     assert instance_names() == []
-    assert left_of(docker_engine, client.cluster_id) == []
+    assert left_of_sessions(docker_engine, client.cluster_id) == []
     client.delete_volume("leaks-v")
 
 
@@ -257,7 +257,7 @@ def test_named_racing_with_close(sandbox: Sandbox, docker_engine: Engine):
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(open_and_close, range(3)))
     sandbox.close_named("raced")
-    assert left_of(docker_engine, connect().cluster_id) == []
+    assert left_of_sessions(docker_engine, connect().cluster_id) == []
 
 
 def test_many_at_once(sandbox: Sandbox, docker_engine: Engine):
@@ -267,7 +267,7 @@ def test_many_at_once(sandbox: Sandbox, docker_engine: Engine):
 
     with ThreadPoolExecutor(16) as threads:
         assert list(threads.map(live, range(16))) == [f"{number}\n" for number in range(16)]
-    assert left_of(docker_engine, connect().cluster_id) == []
+    assert left_of_sessions(docker_engine, connect().cluster_id) == []
 
 
 def test_an_actor_does_not_grow(sandbox: Sandbox):
