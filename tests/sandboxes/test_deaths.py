@@ -91,9 +91,9 @@ assert session.exec("true").ok
             ours = read_line(driver, "UP")
             assert ours != dead
             eventually(lambda: docker_engine.inspect(named) is None)
-            eventually(
-                lambda: [*left_of_sessions(docker_engine, dead)] == [made_name(docker_engine, made)]
-            )
+            foreign = docker_engine.inspect(made["foreign"])
+            assert foreign is not None
+            eventually(lambda: left_of_sessions(docker_engine, dead) == [foreign.name])
             finish(driver)
         assert left_of_sessions(docker_engine, ours) == []
         assert all(docker_engine.inspect(each) is not None for each in made.values())
