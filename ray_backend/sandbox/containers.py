@@ -39,6 +39,7 @@ from ray_backend.sandbox.engine.network import internet_network, release_interne
 from ray_backend.sandbox.engine.outcome import ask_outcome
 from ray_backend.sandbox.engine.volumes import bind_volumes
 from ray_backend.sandbox.plan import SandboxPlan
+from ray_backend.sandbox.protocol import ProtocolError
 
 if TYPE_CHECKING:
     from ray_backend.sandbox.agent_workspace import AgentWorkspace
@@ -253,6 +254,9 @@ class SessionContainer:
 
     async def why_lost(self, label: str, error: ChannelClosedError) -> SandboxLostError:
         """Find out what became of it, once its stream has ended."""
+        if isinstance(error.__cause__, ProtocolError | TimeoutError):
+            # It runs on, and is not to be trusted.
+            return SandboxLostError(f"{label} was lost: {error}. Open another session.")
         try:
             outcome = await asyncio.to_thread(ask_outcome, self.engine, self.id)
         except SandboxEngineError as problem:

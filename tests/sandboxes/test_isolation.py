@@ -239,7 +239,9 @@ asks(249, 218, b"user", b"name", 0, -3) # request_key
 """,
     "settings of the kernel and of its control groups": """
 for top in ("/proc/sys", "/sys"):
-    for place, _, names in os.walk(top):
+    for place, below, names in os.walk(top):
+        if place == "/sys":
+            below.remove("devices") # thousands of nodes, mounted as the rest of it is
         for name in names:
             works(writes, os.path.join(place, name))
 """,
@@ -285,8 +287,11 @@ for path in ("/var/run/docker.sock", "/run/docker.sock", "/run/containerd/contai
              "\\0docker", "\\0/containerd-shim"):
     works(socket.socket(socket.AF_UNIX).connect, path)
 for line in open("/proc/net/unix").readlines()[1:]:
-    if len(line.split()) > 7: # it has a name, and can be connected to
+    words = line.split()
+    if int(words[3], 16) & 0x10000: # it listens
         print("WORKED", line)
+    if len(words) > 7:
+        works(socket.socket(socket.AF_UNIX).connect, words[7].replace("@", "\\0"))
 """,
     "capabilities": f"""
 text = open("/proc/self/status").read()
@@ -298,6 +303,20 @@ if any(value & ~ours for value in held.values()) or "NoNewPrivs:\\t1" not in tex
 for number in range(41):
     if not ours >> number & 1:
         does("prctl", 47, 2, number, 0, 0) # into the ambient set
+""",
+    "directories of the host": """
+for line in open("/proc/self/mountinfo"):
+    words = line.split()
+    place, kind = words[4], words[words.index("-") + 1]
+    if kind in ("proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue", "tmpfs", "overlay"):
+        continue
+    if place not in ("/etc/resolv.conf", "/etc/hostname", "/etc/hosts"):
+        works(writes, place)
+        if os.path.isdir(place):
+            works(os.mkdir, os.path.join(place, "new"))
+            if place != "/.apothic" and os.access(place, os.R_OK):
+                for name in os.listdir(place):
+                    print("WORKED", place, name)
 """,
     "another one's processes": """
 for pid in filter(str.isdigit, os.listdir("/proc")):

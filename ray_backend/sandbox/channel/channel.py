@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from ray_backend.sandbox.agent.constants import (
     Stage,
     WriteFlag,
 )
+from ray_backend.sandbox.channel import operations
 from ray_backend.sandbox.channel.errors import AgentRequestError, ChannelClosedError
 from ray_backend.sandbox.channel.link import ByteLink
 from ray_backend.sandbox.channel.operations import (
@@ -298,9 +299,21 @@ class AgentChannel:
             self._stop("nothing can be sent to the sandbox agent", error)
         self._check_open()
 
-    async def kill(self, stream: int, grace_ms: int, discard_output: bool) -> None:
+    async def kill(
+        self, stream: int, grace_ms: int, discard_output: bool, held_up: Callable[[], bool]
+    ) -> None:
         """Kill an exec and wait until it is dead; for operations."""
-        await self._begin_kill(stream, grace_ms, discard_output=discard_output)
+        killed = self._begin_kill(stream, grace_ms, discard_output=discard_output)
+        limit_s = grace_ms / 1000 + operations.ANSWER_LIMIT_S
+        while not (await asyncio.wait({killed}, timeout=limit_s))[0]:
+            if not held_up():
+                self.give_up()
+        killed.result()
+
+    def give_up(self) -> None:
+        """End the channel, as the agent has been silent for too long; for operations."""
+        late = TimeoutError(f"no answer to a request in {operations.ANSWER_LIMIT_S:g} s")
+        self._stop("the sandbox agent is silent", late)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -327,7 +340,7 @@ class AgentChannel:
 
     async def _ask(self, opened: tuple[int, bytes]) -> Done:
         stream, data = opened
-        reply = Reply()
+        reply = Reply(self.give_up)
         self._operations[stream] = reply
         self.send(data)
         return await reply.done()

@@ -38,6 +38,12 @@ __all__ = [
     "Sender",
 ]
 
+ANSWER_LIMIT_S = 120.0
+"""Seconds of silence in answer to a request after which the agent is given up; it takes milliseconds.
+What programs take has no such limit: an exec waits, and so does the input that one does not read."""
+KILL_OUTPUT_MAX_BYTES = 4 * 1024 * 1024
+"""More than a program can have left in its pipes and the agent when it dies."""
+
 T = TypeVar("T")
 EndError = Callable[[], Exception]
 """Makes a new error for each who waits: one object raised twice would mix up their tracebacks."""
@@ -54,8 +60,16 @@ class Sender(Protocol):
     async def drain(self) -> None:
         """Wait until more can be sent; raises ChannelClosedError."""
 
-    async def kill(self, stream: int, grace_ms: int, discard_output: bool) -> None:
-        """Kill an exec and wait until it is dead; raises ChannelClosedError."""
+    async def kill(
+        self, stream: int, grace_ms: int, discard_output: bool, held_up: Callable[[], bool]
+    ) -> None:
+        """Kill an exec and wait until it is dead; raises ChannelClosedError.
+
+        ``held_up`` tells whether it is for us that the agent waits.
+        """
+
+    def give_up(self) -> None:
+        """End the channel, as the agent has been silent for too long."""
 
 
 class Operation(Protocol):
@@ -74,15 +88,19 @@ class Signal:
     def __init__(self) -> None:
         self._waiter: asyncio.Future[None] | None = None
 
-    async def wait(self) -> None:
-        """Wait for the next `wake`."""
+    async def wait(self, late: Callable[[], None] | None = None) -> None:
+        """Wait for the next `wake`; call ``late`` when it does not come in time."""
         if self._waiter is not None:
             raise RuntimeError("two tasks wait for one stream of the sandbox agent")
-        self._waiter = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = None if late is None else loop.call_later(ANSWER_LIMIT_S, late)
         try:
             await self._waiter
         finally:
             self._waiter = None
+            if timer is not None:
+                timer.cancel()
 
     def wake(self) -> None:
         """Wake who waits, if anybody does."""
@@ -93,7 +111,8 @@ class Signal:
 class Inbox(Generic[T]):
     """Items that have come and have not been taken; credit bounds how many there can be."""
 
-    def __init__(self) -> None:
+    def __init__(self, late: Callable[[], None] | None = None) -> None:
+        self._late = late
         self._items: deque[T] = deque()
         self._signal = Signal()
         self._ended = False
@@ -115,6 +134,11 @@ class Inbox(Generic[T]):
         """Whether no more comes."""
         return self._ended
 
+    @property
+    def empty(self) -> bool:
+        """Whether all that has come was taken."""
+        return not self._items
+
     def clear(self) -> None:
         """Drop what has come."""
         self._items.clear()
@@ -126,7 +150,7 @@ class Inbox(Generic[T]):
                 if self._error is not None:
                     raise self._error()
                 return None
-            await self._signal.wait()
+            await self._signal.wait(self._late)
         return self._items.popleft()
 
 
@@ -138,7 +162,8 @@ def refusal(event: Failed) -> EndError:
 class Reply:
     """A request with one answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, late: Callable[[], None]) -> None:
+        self._late = late
         self._signal = Signal()
         self._done: Done | None = None
         self._error: EndError | None = None
@@ -148,7 +173,7 @@ class Reply:
         while self._done is None:
             if self._error is not None:
                 raise self._error()
-            await self._signal.wait()
+            await self._signal.wait(self._late)
         return self._done
 
     def on_event(self, event: Event) -> None:
@@ -193,7 +218,7 @@ class Incoming:
         self._sender = sender
         self._stream = stream
         self._credit = Credit(sender, stream, Channel.STDOUT, window)
-        self._inbox: Inbox[Opened | Output | Listed] = Inbox()
+        self._inbox: Inbox[Opened | Output | Listed] = Inbox(sender.give_up)
         self._unwanted = False
 
     async def take(self) -> Opened | Output | Listed | None:
@@ -275,8 +300,16 @@ class AgentReader:
 class _Input:
     """What is sent on a stream, as far as its window goes."""
 
-    def __init__(self, sender: Sender, stream: int, *, closed: bool = False) -> None:
+    def __init__(
+        self,
+        sender: Sender,
+        stream: int,
+        *,
+        closed: bool = False,
+        late: Callable[[], None] | None = None,
+    ) -> None:
         self._sender = sender
+        self._late = late
         self._stream = stream
         self._signal = Signal()
         self._closed = closed
@@ -289,7 +322,7 @@ class _Input:
         while rest and not self.ended:
             size = min(len(rest), connection.window(self._stream))
             if not size and not self._closed:
-                await self._signal.wait()
+                await self._signal.wait(self._late)
                 continue
             self._sender.send(connection.send(self._stream, rest[: max(size, 1)]))
             rest = rest[size:]
@@ -318,8 +351,8 @@ class AgentWriter:
     def __init__(self, sender: Sender, stream: int) -> None:
         self._sender = sender
         self._stream = stream
-        self._input = _Input(sender, stream)
-        self._reply = Reply()
+        self._input = _Input(sender, stream, late=sender.give_up)
+        self._reply = Reply(sender.give_up)
         self._aborted = False
 
     async def write(self, data: bytes | memoryview) -> None:
@@ -381,6 +414,7 @@ class AgentProcess:
         self._inbox: Inbox[Output] = Inbox()
         self._input = _Input(sender, stream, closed=not stdin)
         self._discarding = False
+        self._taken_bytes = 0
         self._lost: EndError | None = None
         self._exited: Exited | None = None
 
@@ -402,6 +436,7 @@ class AgentProcess:
         if event is None:
             return None
         self._credits[event.channel].taken(len(event.data))
+        self._taken_bytes += len(event.data)
         return event.channel, event.data
 
     async def write(self, data: bytes | memoryview) -> bool:
@@ -437,7 +472,15 @@ class AgentProcess:
         if discard_output:
             self._discarding = True
             self._inbox.clear()
-        await self._sender.kill(self._stream, round(grace_s * 1000), discard_output)
+        begin = seen = self._taken_bytes
+
+        def held_up() -> bool:
+            nonlocal seen
+            before, seen = seen, self._taken_bytes
+            slow = not self._inbox.empty or seen > before
+            return slow and seen - begin < KILL_OUTPUT_MAX_BYTES
+
+        await self._sender.kill(self._stream, round(grace_s * 1000), discard_output, held_up)
 
     def on_event(self, event: Event) -> None:
         """Take output, a grant, or the end."""
