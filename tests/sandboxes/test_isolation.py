@@ -74,9 +74,12 @@ def online(engine: DirectEngine) -> Iterator[SandboxSession]:
 @pytest.fixture(scope="module")
 def other(engine: DirectEngine) -> Iterator[SandboxSession]:
     """Give another session on that network, with a secret that a program of it has."""
-    with opened("other", "internet", Secret.from_name("other")) as session, session.exec_stream(
-        [PYTHON, "-c", "print('up', flush=True)\nwhile True: __import__('time').sleep(9)"]
-    ) as stream:
+    with (
+        opened("other", "internet", Secret.from_name("other")) as session,
+        session.exec_stream(
+            [PYTHON, "-c", "print('up', flush=True)\nwhile True: __import__('time').sleep(9)"]
+        ) as stream,
+    ):
         assert next(stream).text == "up\n"
         yield session
 
