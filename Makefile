@@ -58,7 +58,7 @@ fmt: $(VENV)/.dev ## Format the code and apply safe lint fixes
 	@$(PY) -m ruff check --fix-only
 	@$(PY) -m ruff format
 
-bench: $(VENV)/.dev ## Measure against plain Ray (BENCH_ARGS)
+bench: $(VENV)/.dev ## Measure against plain Ray, docker-py and SWE-ReX (BENCH_ARGS)
 	@$(PY) -m benchmarks $(BENCH_ARGS)
 
 test-oldest: $(VENV_OLDEST)/.dev ## Run the smoke tests on the oldest supported Ray

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import logging
 import secrets
 import socket
 import subprocess
@@ -100,7 +101,11 @@ def swe_rex(docker: Any, base: str) -> Iterator[SweRex]:
         loop = asyncio.new_event_loop()
         undo.callback(loop.close)
         runtime = RemoteRuntime(
-            host="http://127.0.0.1", port=port, auth_token=token, timeout=START_S
+            host="http://127.0.0.1",
+            port=port,
+            auth_token=token,
+            timeout=START_S,
+            logger=logging.getLogger(__name__),  # its own tells of every request
         )
         loop.run_until_complete(runtime.wait_until_alive(timeout=START_S))
         yield SweRex(runtime, loop)

@@ -449,14 +449,12 @@ async def _launch_linked(
 
     try:
         launched = await launch(engine, linked, runs=accept, at=at)
-    except SandboxEngineError as error:
-        if offer.directory not in str(error):
-            raise
-        # The engine is on another machine, or this process in a container.
-        return await launch(engine, spec, at=at), None
-    except BaseException:
+    except BaseException as error:
         for link in links:
             link.abort()
+        if isinstance(error, SandboxEngineError) and offer.directory in str(error):
+            # The engine is on another machine, or this process in a container.
+            return await launch(engine, spec, at=at), None
         raise
     finally:
         offer.close()

@@ -27,8 +27,8 @@ from ray_backend.sandbox.engine.connection import Engine
 
 __all__ = ["LinkOffer", "LinkStream"]
 
-ACCEPT_S = 10.0
-"""Seconds for the agent to connect or to say that it cannot; it takes milliseconds."""
+ACCEPT_S = 60.0
+"""Seconds for the agent to connect or to say that it cannot, from the start of its container on."""
 
 _PREFIX = "apothic-link-"
 _SOCKET = "s"
@@ -81,6 +81,7 @@ class LinkOffer:
         loop = asyncio.get_running_loop()
         accepting = asyncio.ensure_future(loop.sock_accept(self._listener))
         hearing = asyncio.ensure_future(attached.read())
+        link: LinkStream | None = None
         try:
             await asyncio.wait(
                 {accepting, hearing}, timeout=ACCEPT_S, return_when=asyncio.FIRST_COMPLETED
@@ -94,9 +95,10 @@ class LinkOffer:
             for task in (accepting, hearing):
                 task.cancel()
             await asyncio.wait({accepting, hearing})
-            for task in (accepting, hearing):
-                if not task.cancelled():
-                    task.exception()  # whoever uses the attached stream next meets it again
+            if not hearing.cancelled():
+                hearing.exception()  # whoever uses the attached stream next meets it again
+            if link is None and not accepting.cancelled() and accepting.exception() is None:
+                accepting.result()[0].close()
 
     def close(self) -> None:
         """Remove both; the connection stays. Idempotent."""

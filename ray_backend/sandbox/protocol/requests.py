@@ -49,11 +49,12 @@ def exec_body(
     for name in env:
         if not name or b"=" in name:
             raise ValueError(f"an environment variable cannot be called {name!r}")
-    strings = [cwd, user, *argv, *(b"%s=%s" % pair for pair in env.items())]
-    if any(b"\0" in string for string in strings):
+    strings = [cwd, user, *argv, *map(b"=".join, env.items())]
+    joined = b"\0".join(strings)
+    if joined.count(b"\0") != len(strings) - 1:
         raise ValueError("arguments, environment, cwd and user cannot hold a NUL byte")
     head = EXEC_HEAD.pack(flags, *map(_u32, credit), len(argv), len(env))
-    return head + b"\0".join(strings) + b"\0"
+    return head + joined + b"\0"
 
 
 def read_body(path: bytes, credit: int, offset: int, length: int | None) -> bytes:
