@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ray_backend.leases import CREATION_GRACE_S, PINNED, LeaseBook
+from ray_backend.leases import CREATION_GRACE_S, PINNED, SANDBOX, LeaseBook
 
 
 class Store(dict[str, Any]):
@@ -97,3 +97,20 @@ def test_one_that_is_to_be_made_again_keeps_its_lease(book: LeaseBook, outside: 
     outside.now += CREATION_GRACE_S + 1
     book.sweep()
     assert not book.keep("a")
+
+
+def test_a_session_made_again_after_it_was_lost_has_a_lease_of_its_own(
+    book: LeaseBook, outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {"kind": SANDBOX, "app": "x", "sandbox": "s", "named": True}
+    old, new = {**record, "spec_digest": "old"}, {**record, "spec_digest": "new"}
+    assert book.acquire_sandbox("b", PINNED, old, 1, exists=False) == (True, 0)
+    # Two ask for it at once: neither has an actor yet, and the first lease stays.
+    assert book.acquire_sandbox("b", PINNED, new, 1, exists=False) == (True, 0)
+    assert book.records()["b"]["spec_digest"] == "old"
+    monkeypatch.setattr(outside, "instance_names", lambda: ["b"])
+    book.sweep()
+    assert book.acquire_sandbox("b", PINNED, new, 1, exists=True) == (True, 0)
+    assert book.records()["b"]["spec_digest"] == "old"
+    assert book.acquire_sandbox("b", PINNED, new, 1, exists=False) == (True, 0)
+    assert book.records()["b"] == {**new, "holders": [PINNED]}
