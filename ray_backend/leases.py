@@ -173,6 +173,7 @@ class LeaseBook:
             if name not in self._leases:
                 return False
             self._seen[name] = self._clock()
+            self._came.discard(name)  # another actor is to come
             return bool(self._leases[name]["holders"])
 
     def keep(self, name: str) -> bool:

@@ -7,14 +7,16 @@ concurrency group of their own while user code runs.
 from __future__ import annotations
 
 import asyncio
-import os
-import select
-import signal
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
+from ray_backend.actors.ending import (
+    CONTROL_GROUP,
+    start_by_itself,
+    stop_on_sigterm,
+    stop_when_parent_dies,
+)
 from ray_backend.actors.host import HostServices, InstanceHost
 from ray_backend.actors.plan import InstancePlan
 
@@ -23,12 +25,8 @@ __all__ = [
     "CONTROL_GROUP",
     "actor_method_name",
     "compile_actor",
-    "start_by_itself",
-    "stop_on_sigterm",
-    "stop_when_parent_dies",
 ]
 
-CONTROL_GROUP = "control"
 CONTROL_THREADS = 4
 """Control calls answered at once; a stop holds one of them until it is done."""
 
@@ -169,58 +167,3 @@ class _AsyncShell(_Shell):
 for _shell in (_Shell, _AsyncShell):
     for _name in ("apothic_status", "apothic_stop", "apothic_cancel", "apothic_confirm"):
         getattr(_shell, _name).__ray_concurrency_group__ = CONTROL_GROUP
-
-
-def start_by_itself(me: Any) -> None:
-    """Have ``enter`` run; Ray refuses the call while this process still hears that it restarts."""
-    import ray
-
-    while True:
-        try:
-            # Not ray.get, of which Ray warns the user in an async actor, though this is a thread.
-            me.apothic_start.remote().future().result()
-            return
-        except ray.exceptions.ActorUnavailableError:
-            time.sleep(0.05)
-        except Exception:
-            return  # the host has noted what failed, and tells callers
-
-
-def stop_on_sigterm(stop: Callable[[], object], remove: Callable[[], None]) -> None:
-    """Stop properly when the process is asked to end; its name is free afterwards."""
-
-    def stop_and_remove() -> None:
-        stop()
-        remove()
-
-    def handle(signum: int, frame: object) -> None:
-        # The main thread must go on: Ray runs its task loop there, and the exit hooks are a task.
-        threading.Thread(target=stop_and_remove, name="apothic-sigterm").start()
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handle)
-
-
-def stop_when_parent_dies(stop: Callable[[], object]) -> None:
-    """Stop when the node's Ray ends under the actor, before Ray ends its process too.
-
-    Ray looks for its raylet every second, and on a cluster that this package started every few, and
-    then ends the process without running anything.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        try:
-            descriptor = os.pidfd_open(parent)
-        except (AttributeError, OSError):
-            while os.getppid() == parent:
-                time.sleep(0.2)
-        else:
-            poll = select.poll()
-            poll.register(descriptor, select.POLLIN)
-            poll.poll()
-            os.close(descriptor)
-        stop()
-        os._exit(0)
-
-    threading.Thread(target=watch, name="apothic-parent", daemon=True).start()

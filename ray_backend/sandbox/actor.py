@@ -24,7 +24,7 @@ from apothic.errors import (
     SandboxStartError,
 )
 from apothic.session_core import STREAMS, VERBS
-from ray_backend.actors.compile import (
+from ray_backend.actors.ending import (
     CONTROL_GROUP,
     start_by_itself,
     stop_on_sigterm,
@@ -39,7 +39,7 @@ from ray_backend.sandbox.engine.labels import OwnerLabels, RayletId
 from ray_backend.sandbox.host import SandboxHost
 from ray_backend.sandbox.packed import pack_result, unpack_arguments
 from ray_backend.sandbox.plan import AHEAD, SandboxPlan, Unsettled
-from ray_backend.sandbox.sweeping import sweep_at_arrival
+from ray_backend.sandbox.sweeping import sweep_at_arrival, sweep_behind_raylet
 
 __all__ = ["SandboxActor"]
 
@@ -219,6 +219,8 @@ class SandboxActor:
 
     def _stop_with_the_node(self) -> None:
         self._node_died = True
+        with contextlib.suppress(Exception):
+            sweep_behind_raylet()
         self._stop_from_thread()
 
     def _why_closed(self, error: SandboxClosedError) -> SandboxError:

@@ -10,7 +10,8 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from importlib import import_module
+from typing import TYPE_CHECKING, TypeVar
 
 from apothic.errors import (
     SandboxEngineError,
@@ -20,8 +21,6 @@ from apothic.errors import (
 )
 from apothic.volume import StorageMount
 from ray_backend.sandbox.agent.binaries import agent_binary
-from ray_backend.sandbox.agent_workspace import AgentWorkspace
-from ray_backend.sandbox.channel import AgentChannel, ChannelClosedError
 from ray_backend.sandbox.engine.agent_volume import AGENT_FILE, ensure_agent
 from ray_backend.sandbox.engine.attach import STDOUT, AttachedStream
 from ray_backend.sandbox.engine.connection import Engine
@@ -40,6 +39,10 @@ from ray_backend.sandbox.engine.network import internet_network, release_interne
 from ray_backend.sandbox.engine.outcome import ask_outcome
 from ray_backend.sandbox.engine.volumes import bind_volumes
 from ray_backend.sandbox.plan import SandboxPlan
+
+if TYPE_CHECKING:
+    from ray_backend.sandbox.agent_workspace import AgentWorkspace
+    from ray_backend.sandbox.channel import ChannelClosedError
 
 __all__ = [
     "DISK_LOOK_S",
@@ -63,6 +66,7 @@ DISK_LOOK_S = 5.0
 """Seconds between two looks at what a container has written, where the engine cannot limit it."""
 
 _TOLD_BYTES = 2000
+_SPEAKER = "ray_backend.sandbox.agent_workspace"
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,9 @@ class SessionContainer:
         Raises:
             SandboxStartError: when no agent answers.
         """
+        from ray_backend.sandbox.agent_workspace import AgentWorkspace
+        from ray_backend.sandbox.channel import AgentChannel, ChannelClosedError
+
         link = AgentLink(self.stream)
         if self.direct is not None:
             link = DirectLink(self.stream, self.direct)
@@ -255,10 +262,11 @@ class SessionContainer:
             )
         if outcome.running:
             return SandboxLostError(f"{label} was lost: {error}. Open another session.")
-        if outcome.oom_killed:
+        if outcome.oom_killed:  # perhaps long before: the engine does not say of which process
             return SandboxLostError(
-                f"{label} was lost: its memory (memory_mb={self.memory_mb}) was used up, and the "
-                f"container died of it. Open another session with more."
+                f"{label} was lost: its memory (memory_mb={self.memory_mb}) was used up, and its "
+                f"container was killed, for that or from outside. Open another session, with more if "
+                f"its programs need it."
             )
         status = "" if outcome.exit_code is None else f" (exit status {outcome.exit_code})"
         return SandboxLostError(
@@ -381,6 +389,8 @@ async def open_container(
         mounts=mounts,
         keep=plan.named,
     )
+    # What speaks to agents takes 25 ms to import, which the engine needs anyway.
+    threading.Thread(target=import_module, args=(_SPEAKER,), daemon=True).start()
     internet = plan.network == "internet"
     launched: Launched | None = None
     direct: LinkStream | None = None
@@ -425,22 +435,28 @@ async def _launch_linked(
     linked = replace(
         spec, link_directory=offer.directory, command=(*spec.command, LINK, socket_path)
     )
+    links: list[LinkStream] = []
+
+    async def accept(stream: AttachedStream) -> bool:
+        link = await offer.accept(stream)
+        if link is not None:
+            links.append(link)
+        return link is not None
+
     try:
-        try:
-            launched = await launch(engine, linked, at=at)
-        except SandboxEngineError as error:
-            if offer.directory not in str(error):
-                raise
-            # The engine is on another machine, or this process in a container.
-            return await launch(engine, spec, at=at), None
-        try:
-            return launched, await offer.accept(launched.stream)
-        except BaseException:
-            launched.stream.abort()
-            await asyncio.shield(asyncio.to_thread(engine.remove, launched.id))
+        launched = await launch(engine, linked, runs=accept, at=at)
+    except SandboxEngineError as error:
+        if offer.directory not in str(error):
             raise
+        # The engine is on another machine, or this process in a container.
+        return await launch(engine, spec, at=at), None
+    except BaseException:
+        for link in links:
+            link.abort()
+        raise
     finally:
         offer.close()
+    return launched, links[0] if links else None
 
 
 def secret_variables(plan: SandboxPlan, around: NodeSurroundings) -> dict[bytes, bytes]:

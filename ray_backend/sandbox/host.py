@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from apothic.errors import (
     ImageBuildError,
@@ -22,7 +22,6 @@ from apothic.errors import (
     SandboxStartError,
 )
 from apothic.session_core import SessionCore
-from ray_backend.sandbox.agent_workspace import AgentWorkspace
 from ray_backend.sandbox.containers import (
     DISK_LOOK_S,
     NodeSurroundings,
@@ -34,6 +33,9 @@ from ray_backend.sandbox.containers import (
 )
 from ray_backend.sandbox.engine.faults import FaultPoint, no_fault
 from ray_backend.sandbox.plan import SandboxPlan
+
+if TYPE_CHECKING:
+    from ray_backend.sandbox.agent_workspace import AgentWorkspace
 
 __all__ = ["HostState", "SandboxHost"]
 

@@ -80,6 +80,7 @@ class RaySandbox(SandboxRef):
         self._sandboxes = sandboxes
         self._handle = handle
         self._actor = actor
+        self._methods: dict[str, Any] = {}
         self.request = request
         self.placement = placement
         self._node_id = (placement and placement.node_id) or ""
@@ -192,6 +193,7 @@ class RaySandbox(SandboxRef):
     def go_to(self, actor: Any, placement: Placement | None) -> None:
         """Go on with the actor that has taken this session over, before anything of it was made."""
         self._actor, self.placement = actor, placement
+        self._methods = {}
         self._node_id = (placement and placement.node_id) or ""
 
     def follow_successor(self) -> bool:
@@ -203,6 +205,13 @@ class RaySandbox(SandboxRef):
             return False
         self.go_to(actor, None)
         return True
+
+    def method(self, verb: str) -> Any:
+        """Give the actor's method of a verb; a handle makes a new one each time it is asked."""
+        found = self._methods.get(verb)
+        if found is None:
+            found = self._methods[verb] = getattr(self._actor, verb)
+        return found
 
     def cancel(self, task_id: str, wait_s: float = 0.0) -> None:
         """End a verb, wherever it is; wait up to ``wait_s`` until nothing of it is alive."""
@@ -306,7 +315,7 @@ class RaySandboxCall(CallRef):
         self._again = session.handle.named
         packed = pack_arguments(args)
         self._args = packed if self._again else ()  # kept only where needed: they can be large
-        self._ref = getattr(session.native, verb).remote(*packed)
+        self._ref = session.method(verb).remote(*packed)
 
     @override
     def result(self, timeout_s: float | None = None) -> Any:
@@ -321,7 +330,7 @@ class RaySandboxCall(CallRef):
         while self._again and was_never_sent(error) and time.monotonic() < deadline:
             try:
                 self._session.wait_for_restart()
-                self._ref = getattr(self._session.native, self._verb).remote(*self._args)
+                self._ref = self._session.method(self._verb).remote(*self._args)
                 return unpack_result(ray.get(self._ref, timeout=timeout_s))
             except rays.RayError as later:
                 error = later

@@ -24,7 +24,7 @@ from apothic.errors import (
 from apothic.options import ClassOptions
 from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
 from apothic.values import SandboxSpec
-from ray_backend.actors.compile import CONTROL_GROUP
+from ray_backend.actors.ending import CONTROL_GROUP
 from ray_backend.launch import Launched, tied_nodes
 from ray_backend.leases import PINNED, SANDBOX
 from ray_backend.moves import take_over

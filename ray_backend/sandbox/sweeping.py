@@ -8,6 +8,9 @@ that is dead. So a manager that was killed goes on where it was, and a node with
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
 import sys
 import time
 import traceback
@@ -19,6 +22,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_backend import ray_api
+from ray_backend.directories import local_root
 from ray_backend.names import NAMESPACE
 from ray_backend.registry import Registry
 
@@ -31,6 +35,8 @@ __all__ = [
     "SeatStore",
     "Tasks",
     "sweep_at_arrival",
+    "sweep_behind_raylet",
+    "sweep_dead_raylets",
     "sweep_node",
 ]
 
@@ -55,11 +61,8 @@ def sweep_node(cluster_id: str) -> tuple[str, ...]:
     from ray_backend.sandbox.engine.sweep import sweep
 
     registry = Registry()
-    engine = Engine.connect()
-    try:
+    with contextlib.closing(Engine.connect()) as engine:
         swept = sweep(engine, registry.list_leases, cluster_id, NAMESPACE)
-    finally:
-        engine.close()
     return (*swept.containers, *swept.volumes, *swept.networks)
 
 
@@ -75,6 +78,53 @@ def sweep_at_arrival(cluster_id: str) -> None:
         return
     if removed:
         print(f"apothic: removed what was left on this node: {', '.join(removed)}", file=sys.stderr)
+
+
+def sweep_dead_raylets() -> None:
+    """Remove what the sessions of raylets left that are dead; again a little later, for what came late.
+
+    Raises:
+        SandboxEngineError: when the engine fails.
+    """
+    from ray_backend.sandbox.engine.connection import Engine
+    from ray_backend.sandbox.engine.sweep import sweep
+
+    with contextlib.closing(Engine.connect()) as engine:
+        for wait_s in (0.0, SETTLE_S):
+            time.sleep(wait_s)
+            sweep(engine, tuple, cluster_id="", namespace=NAMESPACE)
+
+
+_BEHIND = """
+import fcntl, os, sys
+lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o600)
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit()  # another of the node's sessions has begun it
+from ray_backend.sandbox.sweeping import sweep_dead_raylets
+sweep_dead_raylets()
+"""
+
+
+def sweep_behind_raylet() -> None:
+    """Have `sweep_dead_raylets` run in a process of its own, since Ray ends this one any moment.
+
+    For a session's process whose raylet has died: it removes its container itself if it has the time.
+    """
+    lock = local_root() / "locks" / "dead-raylets"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        # Ray ends the children of its workers; this is nobody's child.
+        ["/bin/sh", "-c", '"$@" &', "sh", sys.executable, "-c", _BEHIND, str(lock)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+        check=False,
+    )
 
 
 class SeatStore(Protocol):

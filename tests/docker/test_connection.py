@@ -108,6 +108,22 @@ def test_address_from_environment(monkeypatch: pytest.MonkeyPatch):
     assert EngineAddress.find("unix:///x.sock").socket_path == "/x.sock"
 
 
+def test_the_engine_of_the_environment_is_used(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "elsewhere.sock"
+    path.symlink_to(engine.address.socket_path or "")
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{path}")
+    found = Engine.connect()
+    try:
+        assert (found.address.socket_path, found.info.id) == (str(path), engine.info.id)
+    finally:
+        found.close()
+    path.unlink()
+    with pytest.raises(SandboxEngineError, match=rf"no Docker socket {path}.*set DOCKER_HOST"):
+        Engine.connect()
+
+
 @contextmanager
 def _answering(path: Path, answer: bytes | None) -> Iterator[None]:
     """Listen on a socket and answer each request with the same bytes, or never."""

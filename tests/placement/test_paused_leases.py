@@ -24,10 +24,11 @@ class Store(dict[str, Any]):
 
 
 class Outside:
-    """A cluster with jobs and without actors."""
+    """A cluster with jobs, and without actors at first."""
 
     def __init__(self) -> None:
         self.jobs = {"1"}
+        self.names: list[str] = []
         self.now = 0.0
 
     def live_jobs(self) -> set[str]:
@@ -37,7 +38,7 @@ class Outside:
         return False
 
     def instance_names(self) -> list[str]:
-        return []
+        return self.names
 
     def stop(self, actor_name: str) -> None:
         raise AssertionError(actor_name)
@@ -100,7 +101,7 @@ def test_one_that_is_to_be_made_again_keeps_its_lease(book: LeaseBook, outside: 
 
 
 def test_a_session_made_again_after_it_was_lost_has_a_lease_of_its_own(
-    book: LeaseBook, outside: Outside, monkeypatch: pytest.MonkeyPatch
+    book: LeaseBook, outside: Outside
 ) -> None:
     record = {"kind": SANDBOX, "app": "x", "sandbox": "s", "named": True}
     old, new = {**record, "spec_digest": "old"}, {**record, "spec_digest": "new"}
@@ -108,9 +109,35 @@ def test_a_session_made_again_after_it_was_lost_has_a_lease_of_its_own(
     # Two ask for it at once: neither has an actor yet, and the first lease stays.
     assert book.acquire_sandbox("b", PINNED, new, 1, exists=False) == (True, 0)
     assert book.records()["b"]["spec_digest"] == "old"
-    monkeypatch.setattr(outside, "instance_names", lambda: ["b"])
+    outside.names = ["b"]
     book.sweep()
     assert book.acquire_sandbox("b", PINNED, new, 1, exists=True) == (True, 0)
     assert book.records()["b"]["spec_digest"] == "old"
     assert book.acquire_sandbox("b", PINNED, new, 1, exists=False) == (True, 0)
     assert book.records()["b"] == {**new, "holders": [PINNED]}
+
+
+def test_a_session_that_died_makes_room_at_once(book: LeaseBook, outside: Outside) -> None:
+    record: dict[str, Any] = {"kind": SANDBOX, "app": "x", "sandbox": "s"}
+    for name, named in (("s1", False), ("s2", True)):
+        holder = PINNED if named else "job:1"
+        assert book.acquire_sandbox(name, holder, {**record, "named": named}, 2)[0]
+    assert book.sweep() == []
+    assert "s1" in book.records()  # its actor has not come yet
+    outside.names = ["s1", "s2"]
+    assert book.sweep() == []
+    outside.names = []
+    assert book.pause("s1")
+    assert book.sweep() == []
+    assert book.resume("s1")
+    assert book.sweep() == []
+    assert "s1" in book.records()  # it was moved, and is about to come
+    outside.names = ["s1"]
+    assert book.sweep() == []
+    outside.names = []
+    assert book.sweep() == []
+    assert set(book.records()) == {"a", "s2"}
+    assert book.acquire_sandbox("s3", "job:1", {**record, "named": False}, 2) == (True, 0)
+    outside.now = CREATION_GRACE_S + 1  # a named one may be made again on another node
+    assert book.sweep() == []
+    assert set(book.records()) == set()

@@ -115,7 +115,10 @@ sys.stdin.read()
         cluster = read_line(driver, "CLUSTER")
         driver.kill()
         driver.wait()
-        eventually(lambda: not left_of(docker_engine, cluster))
+        try:
+            eventually(lambda: not left_of(docker_engine, cluster))
+        except AssertionError:
+            raise AssertionError(left_of(docker_engine, cluster)) from None
         eventually(lambda: not processes_of_run(DOOMED, mark))
 
 

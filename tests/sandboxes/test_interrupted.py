@@ -97,9 +97,9 @@ def test_killed_at(step: str, own: OwnEngine, docker_engine: Engine):
     sweep(engine, list, cluster, "tests")
     if step not in NETWORK:
         remove_agent(engine, binary)  # the volume of the whole engine, which stays
-    assert left_of(engine, cluster) == []
-    if step not in NETWORK:
+        assert left_of(engine, cluster) == []
         engine.close()
+    assert left_of_sessions(docker_engine, cluster) == []
 
 
 def test_killed_while_the_firewall_is_set(docker_engine: Engine):
@@ -114,7 +114,7 @@ def test_killed_while_the_firewall_is_set(docker_engine: Engine):
     process.kill()
     process.communicate()
     sweep(docker_engine, list, cluster, "tests")
-    assert left_of(docker_engine, cluster) == []
+    assert left_of_sessions(docker_engine, cluster) == []
 
 
 # docker-py drops a socket that cannot be connected, and does not close it.

@@ -234,9 +234,9 @@ static void close_others(const struct keeper_ends *ends) {
     close_between(next, ~0u);
 }
 
-/* Collect everybody who ended; gives false when nobody is left. Until the leader has ended, the
-   write ends of the pipes stay open here: the agent would only be woken by their closing, just
-   before it is told of the end. */
+/* Collect everybody who ended; gives false when nobody is left. Until the agent is told that the
+   leader has ended, the write ends of the pipes stay open here: it would only be woken by their
+   closing just before. */
 static bool reap(struct keeping *k) {
     int status;
     pid_t pid;
@@ -247,13 +247,13 @@ static bool reap(struct keeping *k) {
             k->status = status;
         }
     if (ended_now) {
-        close(k->ends->write[0]);
-        close(k->ends->write[1]);
         k->all_told = pid != 0;
         tell(k, (struct keeper_message){.verb = KEEPER_ENDED,
                                         .number = k->status,
                                         .left = pid == 0,
                                         .duration_ns = now_ns() - k->started_ns});
+        close(k->ends->write[0]);
+        close(k->ends->write[1]);
     }
     return pid == 0;
 }
