@@ -256,6 +256,7 @@ class Sandbox:
         Raises:
             HandleError: when the handle is malformed, or of another cluster, app or definition.
             SandboxSessionNotFoundError: when the session is gone.
+            SandboxLostError: when it is a named one that was lost and not closed yet.
         """
         ref = self._find(handle)
         ref.wait_ready()

@@ -86,15 +86,30 @@ class LeaseBook:
         return True
 
     def acquire_sandbox(
-        self, name: str, holder: str, record: dict[str, Any], max_sessions: int
+        self,
+        name: str,
+        holder: str,
+        record: dict[str, Any],
+        max_sessions: int,
+        exists: bool = True,
     ) -> tuple[bool, int]:
         """As `acquire`, for a session of a definition of which so many may live at once.
+
+        Args:
+            name: its actor's.
+            holder: who wants it.
+            record: what the lease says where this writes it.
+            max_sessions: how many.
+            exists: False where there is no actor. If there was one, the session was lost with its
+                node: its lease, and what is stored with it, does not count for the new one.
 
         Returns:
             Whether it is leased now, and when it is not since too many live, how many; else 0.
         """
         key = (record["app"], record["sandbox"])
         with self._lock:
+            if not exists and name in self._came and name not in self._stopping:
+                self._forget(name)
             if name not in self._leases:
                 alive = sum(
                     lease.get("kind") == SANDBOX and (lease["app"], lease["sandbox"]) == key
@@ -172,12 +187,15 @@ class LeaseBook:
     def forget(self, name: str) -> None:
         """Drop the lease of an instance that is gone."""
         with self._lock:
-            self._leases.pop(name, None)
-            self._seen.pop(name, None)
-            self._came.discard(name)
-            self._orphans.pop(name, None)
-            self._stopping.discard(name)
-            self._store.forget_lease(name)
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._leases.pop(name, None)
+        self._seen.pop(name, None)
+        self._came.discard(name)
+        self._orphans.pop(name, None)
+        self._stopping.discard(name)
+        self._store.forget_lease(name)
 
     def held_by(self, holder: str) -> list[str]:
         """Name the instances that a holder keeps alive, alone or with others."""

@@ -66,10 +66,15 @@ class Manager:
         return self._book.acquire(name, holder, record)
 
     def acquire_sandbox(
-        self, name: str, holder: str, record: dict[str, Any], max_sessions: int
+        self,
+        name: str,
+        holder: str,
+        record: dict[str, Any],
+        max_sessions: int,
+        exists: bool = True,
     ) -> tuple[bool, int]:
         """Lease a session about to be made, unless too many live: then tell how many."""
-        return self._book.acquire_sandbox(name, holder, record, max_sessions)
+        return self._book.acquire_sandbox(name, holder, record, max_sessions, exists)
 
     def join(self, name: str, holder: str) -> bool:
         """Lease an instance that exists."""

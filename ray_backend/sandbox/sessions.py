@@ -278,14 +278,17 @@ class Sandboxes:
             "named": request.named,
             "spec_digest": digest,
         }
+
+        def ask(manager: Any) -> Any:
+            exists = not request.named or _find(name) is not None
+            return manager.acquire_sandbox.remote(
+                name, holder, record, request.max_sessions, exists
+            )
+
         deadline = time.monotonic() + STOPPING_WAIT_S
         while True:
             self.client.note_lease()
-            leased, alive = self.client.manager.ask(
-                lambda manager: manager.acquire_sandbox.remote(
-                    name, holder, record, request.max_sessions
-                )
-            )
+            leased, alive = self.client.manager.ask(ask)
             if leased:
                 return
             if alive:

@@ -100,6 +100,23 @@ def test_one_that_is_to_be_made_again_keeps_its_lease(book: LeaseBook, outside: 
     assert not book.keep("a")
 
 
+def test_a_session_made_again_after_it_was_lost_has_a_lease_of_its_own(
+    book: LeaseBook, outside: Outside
+) -> None:
+    record = {"kind": SANDBOX, "app": "x", "sandbox": "s", "named": True}
+    old, new = {**record, "spec_digest": "old"}, {**record, "spec_digest": "new"}
+    assert book.acquire_sandbox("b", PINNED, old, 1, exists=False) == (True, 0)
+    # Two ask for it at once: neither has an actor yet, and the first lease stays.
+    assert book.acquire_sandbox("b", PINNED, new, 1, exists=False) == (True, 0)
+    assert book.records()["b"]["spec_digest"] == "old"
+    outside.names = ["b"]
+    book.sweep()
+    assert book.acquire_sandbox("b", PINNED, new, 1, exists=True) == (True, 0)
+    assert book.records()["b"]["spec_digest"] == "old"
+    assert book.acquire_sandbox("b", PINNED, new, 1, exists=False) == (True, 0)
+    assert book.records()["b"] == {**new, "holders": [PINNED]}
+
+
 def test_a_session_that_died_makes_room_at_once(book: LeaseBook, outside: Outside) -> None:
     record: dict[str, Any] = {"kind": SANDBOX, "app": "x", "sandbox": "s"}
     for name, named in (("s1", False), ("s2", True)):
