@@ -31,6 +31,7 @@ class RecordingEngine:
         self._target = target
         self._directory = Path(tempfile.mkdtemp(prefix="apothic-"))
         self._loop = asyncio.new_event_loop()
+        self._stopped = asyncio.Event()
         self._created: dict[str, dict[str, Any]] = {}
         self.takes_gpus = True
 
@@ -59,31 +60,42 @@ class RecordingEngine:
 
         async def listen() -> None:
             path = self.url.removeprefix("unix://")
-            await asyncio.start_unix_server(self._serve, path, limit=_LIMIT)
-            ready.set()
+            async with await asyncio.start_unix_server(self._serve, path, limit=_LIMIT):
+                ready.set()
+                await self._stopped.wait()
+                connections = asyncio.all_tasks() - {asyncio.current_task()}
+                for task in connections:
+                    task.cancel()
+                await asyncio.gather(*connections, return_exceptions=True)
 
-        def run() -> None:
-            asyncio.set_event_loop(self._loop)
-            self._loop.create_task(listen())
-            self._loop.run_forever()
-
-        threading.Thread(target=run, name="recording-engine", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(listen(),))
+        self._thread.start()
         assert ready.wait(10)
 
     def stop(self) -> None:
-        """Stop listening."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """Stop listening, and drop the connections."""
+        self._loop.call_soon_threadsafe(self._stopped.set)
+        self._thread.join()
+        self._loop.close()
         shutil.rmtree(self._directory)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_unix_connection(self._target, limit=_LIMIT)
         answers = asyncio.ensure_future(_pass_on(there, writer))
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            while not await self._pass_request(reader, back):
-                pass
-            await _pass_on(reader, back)
-        _end(back)
-        await answers
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                while not await self._pass_request(reader, back):
+                    pass
+                await _pass_on(reader, back)
+            _end(back)
+            await answers
+        except asyncio.CancelledError:
+            answers.cancel()
+        finally:
+            for each in (writer, back):
+                each.close()
+                with contextlib.suppress(OSError):
+                    await each.wait_closed()
 
     async def _pass_request(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
