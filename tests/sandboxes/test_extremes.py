@@ -25,6 +25,7 @@ from apothic.errors import (
     SandboxNoSpaceError,
     SandboxPermissionError,
 )
+from ray_backend.sandbox.engine.connection import Engine
 from tests.conformance.sandboxes.base import Marked, marked
 from tests.docker.support import left_of
 from tests.sandboxes.direct import DirectEngine
@@ -133,8 +134,11 @@ class TestFiles(Direct):
             session.upload_file(tmp_path / "big", "big")
             (tmp_path / "big").unlink()
             session.download_file("big", tmp_path / "back")
+        back = hashlib.sha256()
         with open(tmp_path / "back", "rb") as file:
-            assert hashlib.file_digest(file, "sha256").digest() == digest.digest()
+            while found := file.read(MIB):
+                back.update(found)
+        assert back.digest() == digest.digest()
         (tmp_path / "back").unlink()
 
     def test_the_owner_is_kept(self, session: SandboxSession, tmp_path: Path) -> None:
@@ -179,9 +183,7 @@ EAT = "data = bytearray(10**9)"
 
 
 class TestMemory(Direct):
-    def test_an_exec_names_the_limit(
-        self, define: Callable[..., Sandbox], python: str, docker_engine: object
-    ) -> None:
+    def test_an_exec_names_the_limit(self, define: Callable[..., Sandbox], python: str) -> None:
         with self.open(define(memory_mb=200)) as session:
             result = session.exec([python, "-c", EAT])
             assert (result.oom_killed, result.memory_mb, result.signal) == (True, 200, 9)
@@ -208,15 +210,20 @@ class TestMemory(Direct):
         define: Callable[..., Sandbox],
         python: str,
         engine: DirectEngine,
-        docker_engine: object,
+        docker_engine: Engine,
     ) -> None:
         """Root inside may ask the kernel to prefer the agent, and loses its own session."""
         session = self.open(define(memory_mb=100))
         code = (
-            "import os\n"
-            "open('/proc/self/oom_score_adj', 'w').write('0')\n"
+            "import os, time\n"
             "for pid in (1, os.getppid()):\n"
-            "    open(f'/proc/{pid}/oom_score_adj', 'w').write('1000')\n" + EAT
+            "    open(f'/proc/{pid}/oom_score_adj', 'w').write('1000')\n"
+            "open('/proc/self/oom_score_adj', 'w').write('0')\n"
+            "for _ in range(10):\n"
+            "    if os.fork() == 0:\n"
+            "        data = bytearray(30_000_000)\n"
+            "        while True: time.sleep(1000)\n"
+            "while True: time.sleep(1000)\n"
         )
         with pytest.raises(SandboxLostError, match=r"memory \(memory_mb=100\) was used up"):
             session.exec([python, "-c", code])
