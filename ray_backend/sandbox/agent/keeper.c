@@ -276,7 +276,7 @@ static void obey(struct keeping *k) {
         else if (message.verb == KEEPER_KILL && k->kill != KILLING) {
             uint64_t deadline = now_ns() + (uint64_t)(uint32_t)message.number * 1000000u;
             if (k->kill == IDLE && message.number > 0)
-                tree_terminate();
+                tree_terminate(k->leader_ended ? 0 : k->leader);
             if (k->kill == IDLE || deadline < k->deadline_ns)
                 k->deadline_ns = deadline;
             k->kill = message.number > 0 ? ASKED : KILLING;
@@ -296,6 +296,10 @@ static void drain(int *fd) {
 
 /* Kill whom can be found now; gives false when nobody is left. */
 static bool kill_round(struct keeping *k) {
+    /* A loop of forks ends at once: the kernel lets nobody be born into a group that it kills. Until
+       the leader is collected, its number is nobody else's. */
+    if (!k->leader_ended)
+        kill(-k->leader, SIGKILL);
     for (int i = 0; i < STRIKES; i++) {
         tree_strike(NULL);
         if (!reap(k))

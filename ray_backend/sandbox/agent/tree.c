@@ -109,9 +109,15 @@ static void look(spared_fn spared) {
     seen_count = kept;
 }
 
-void tree_terminate(void) {
+void tree_terminate(pid_t group) {
+    if (group > 0) {
+        kill(-group, SIGTERM);
+        kill(-group, SIGCONT);
+    }
     look(NULL);
     for (size_t i = 0; i < seen_count; i++) {
+        if (group > 0 && getpgid(seen[i].pid) == group)
+            continue;
         kill(seen[i].pid, SIGTERM);
         kill(seen[i].pid, SIGCONT);
     }

@@ -18,8 +18,9 @@
 /* Whether the subtree of this child of ours is left alone. */
 typedef bool (*spared_fn)(pid_t child);
 
-/* Ask every descendant to end: SIGTERM once, and SIGCONT so that a stopped one hears it. */
-void tree_terminate(void);
+/* Ask every descendant to end: SIGTERM once, and SIGCONT so that a stopped one hears it. First a whole
+   process group, unless that is 0: a fork loop ends with one call, and a walk beside it takes long. */
+void tree_terminate(pid_t group);
 
 /* Kill every descendant of this process: stop them all first, so that a fork loop that runs into
    a limit on processes cannot outrun the walk, then SIGKILL. Gives how many were alive at the last
