@@ -144,7 +144,16 @@ class SandboxActor:
     async def _stream(
         self, verb: str, args: tuple[Any, ...], consumer: str
     ) -> AsyncGenerator[Any, None]:
-        task_id = self._enter()
+        # What is cancelled just ends: nobody reads it, and Ray would write an error to the user's log.
+        with contextlib.suppress(JobCancelledError):
+            task_id = self._enter()
+            async with aclosing(self._items(verb, args, consumer, task_id)) as items:
+                async for item in items:
+                    yield item
+
+    async def _items(
+        self, verb: str, args: tuple[Any, ...], consumer: str, task_id: str
+    ) -> AsyncGenerator[Any, None]:
         gate = self._gates[task_id] = AsyncStreamGate(lambda: _consumer_lives(consumer), AHEAD)
         try:
             core = await self._core()
@@ -156,8 +165,6 @@ class SandboxActor:
                     if item is _END or not await gate.admit():
                         break
                     yield pack_result(item)
-            if gate.is_shut:
-                raise self._cancelled_error()
         except asyncio.CancelledError:
             raise self._cancelled_error() from None
         except SandboxClosedError as error:
