@@ -30,10 +30,15 @@ _BESIDE = _Beside()
 
 def pack_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Give what an actor's method is called with."""
-    large = [arg for arg in args if _is_large(arg)]
-    if large:
-        args = tuple(_BESIDE if _is_large(arg) else arg for arg in args)
-    return pickle.dumps(args, 5), *map(pickle.PickleBuffer, large)
+    beside: list[pickle.PickleBuffer] = []
+    packed = list(args)
+    for index, arg in enumerate(args):
+        if _is_large(arg):
+            beside.append(pickle.PickleBuffer(arg))
+            packed[index] = _BESIDE
+        elif isinstance(arg, memoryview):  # the last part of a file, say: pickle takes none
+            packed[index] = bytes(arg)
+    return pickle.dumps(tuple(packed), 5), *beside
 
 
 def unpack_arguments(packed: bytes, *beside: Any) -> tuple[Any, ...]:

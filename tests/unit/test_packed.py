@@ -32,6 +32,8 @@ def travel(value: Any) -> Any:
         (ExecRequest((b"true",), 1.0, 10), None),
         (b"/a", b"x" * BESIDE_BYTES, False, True),
         (ExecRequest((b"cat",), 1.0, 10), b"y" * BESIDE_BYTES),
+        ("upload", 0, memoryview(b"z" * BESIDE_BYTES)),
+        ("upload", BESIDE_BYTES, memoryview(b"the last part")),
     ],
 )
 def test_arguments_arrive_as_they_were_sent(args: tuple[Any, ...]) -> None:
