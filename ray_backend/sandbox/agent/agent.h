@@ -1,6 +1,6 @@
 /* What the parts of the agent share: the tables, the output buffer, and who serves what.
    agent.c has the loop, the gate and the clients, streams.c the table, exec.c the execs and their
-   keepers, transfer.c the files. */
+   keepers, transfer.c the files, hosts.c the name of this machine. */
 #ifndef APOTHIC_AGENT_H
 #define APOTHIC_AGENT_H
 
@@ -101,6 +101,10 @@ void keepers_tend(void);
 /* Answer those who wait for keepers that have died. */
 void keepers_settle(void);
 void keepers_reap(void);
+
+/* hosts.c */
+/* Give localhost its addresses where the image does not. */
+void name_localhost(void);
 
 /* transfer.c */
 void transfer_request(const struct frame *frame);

@@ -26,6 +26,7 @@ SOURCES = (
     "streams.c",
     "exec.c",
     "transfer.c",
+    "hosts.c",
     "files.c",
     "keeper.c",
     "identity.c",
