@@ -18,6 +18,7 @@ import socket
 import tempfile
 from collections import deque
 from pathlib import Path
+from typing import cast
 
 from typing_extensions import override
 
@@ -161,8 +162,7 @@ class LinkStream(asyncio.Protocol):
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's only look like one
 
     @override
     def data_received(self, data: bytes) -> None:
