@@ -42,6 +42,11 @@ _GCS_PATIENCE_VARIABLE = "RAY_gcs_server_port_wait_time_s"
 _GCS_PATIENCE_S = 5
 """How long Ray may go on asking a GCS that listens and refuses; its default is 20 seconds."""
 
+_CLIENT_UNLUCKY = "starting ray client server failed"
+"""What a head says whose process for one more client has ended as it started; the next one's may not."""
+
+_CLIENT_ATTEMPTS = 3
+
 
 @dataclass(frozen=True)
 class _Where:
@@ -73,18 +78,26 @@ def ensure_connected(base_url: str | None) -> None:
         return
     if where.address != "auto":
         _check_listening(where)
-    try:
-        if where.address.startswith("ray://"):
-            ray_api.ping_client_server(where.address.removeprefix("ray://"), _CLIENT_TIMEOUT_S)
-        with _impatient():
-            ray.init(
-                address=where.address,
-                namespace=NAMESPACE,
-                log_to_driver=True,
-                logging_level=logging.WARNING,
-            )
-    except Exception as error:
-        raise _translated(error, where) from error
+    for attempt in range(_CLIENT_ATTEMPTS):
+        try:
+            _join(where.address)
+        except Exception as error:
+            if _CLIENT_UNLUCKY in str(error).lower() and attempt < _CLIENT_ATTEMPTS - 1:
+                continue
+            raise _translated(error, where) from error
+        return
+
+
+def _join(address: str) -> None:
+    if address.startswith("ray://"):
+        ray_api.ping_client_server(address.removeprefix("ray://"), _CLIENT_TIMEOUT_S)
+    with _impatient():
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+        )
 
 
 def _wanted(base_url: str | None) -> _Where:
@@ -242,6 +255,12 @@ def _translated(error: Exception, where: _Where) -> ConnectionFailedError:
             f"the Ray cluster at {source} runs other versions than this process (Ray "
             f"{ray.__version__}, Python {sys.version.split()[0]}). Use the cluster's versions. Ray "
             f"says: {text[:400]}"
+        )
+    if _CLIENT_UNLUCKY in low:
+        return ConnectionFailedError(
+            f"the Ray cluster at {source} could not start a process for this client. Look into "
+            f"ray_client_server_*.err in the logs of its head, or run the program there with `ray "
+            f"job submit`. Ray says: {text[-400:]}"
         )
     if "could not find any running ray" in low:
         return ConnectionFailedError(

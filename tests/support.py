@@ -123,7 +123,7 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> str:
     return out
 
 
-def eventually(fact: Callable[[], T], timeout_s: float = 20.0) -> T:
+def eventually(fact: Callable[[], T], timeout_s: float = 60.0) -> T:
     """Wait until ``fact()`` is true, and give it."""
     deadline = time.monotonic() + timeout_s
     while True:

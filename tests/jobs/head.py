@@ -53,6 +53,11 @@ class Head:
         """Where jobs are submitted to."""
         return f"http://127.0.0.1:{self.ports['dashboard']}"
 
+    def client_logs(self) -> str:
+        """Give what the servers of Ray Client have written."""
+        found = self.directory.glob("ray/session_latest/logs/ray_client_server*")
+        return "".join(f"\n== {path.name}\n{path.read_text()}" for path in sorted(found))
+
     def env(self, *, token: str | None = "right", **variables: str) -> dict[str, str]:
         """Give the environment of a process that is to use it.
 
@@ -67,7 +72,7 @@ class Head:
         return {**env, **variables}
 
     def run(
-        self, code: str, *args: str, env: dict[str, str] | None = None, timeout_s: float = 60
+        self, code: str, *args: str, env: dict[str, str] | None = None, timeout_s: float = 120
     ) -> subprocess.CompletedProcess[str]:
         """Run a program of a user, elsewhere on this machine."""
         return subprocess.run(

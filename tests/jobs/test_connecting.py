@@ -226,7 +226,7 @@ print("new", fresh.add.remote(1))
 """
     began = time.monotonic()
     done = head.run(code, env=head.env(RAY_ADDRESS=head.client_address))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr + head.client_logs()
     assert "calls 2 [3, 4]" in done.stdout
     assert "raised 'remote'" in done.stdout
     assert re.search(r"stream .*cannot stream through a ray:// .*ray job submit", done.stdout)
@@ -235,7 +235,7 @@ print("new", fresh.add.remote(1))
     assert "looked up 4" in done.stdout
     assert "closed ['done']" in done.stdout
     assert "new 1" in done.stdout
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 90
     left = head.run(
         "from apothic.backend import connect; print(connect().list_instances())",
         env=head.env(RAY_ADDRESS=head.address),
