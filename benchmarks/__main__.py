@@ -6,6 +6,7 @@ Usage: python -m benchmarks [--quick] [--check] [classes] [sandboxes]
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import ray
@@ -25,6 +26,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.only) - set(PARTS)):
         parser.error(f"{unknown[0]!r} is none of {', '.join(PARTS)}")
+    os.environ["RAY_USE_UVLOOP"] = "0"  # a plain Ray has none
     ray.init(num_cpus=2, include_dashboard=False, namespace="apothic", logging_level="ERROR")
     notes: list[str] = []
     rows: list[Row] = []

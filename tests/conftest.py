@@ -18,6 +18,9 @@ __all__ = ["docker_engine"]
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+# uvloop is there for tests of its own.
+os.environ.setdefault("RAY_USE_UVLOOP", "0")
+
 # The suites are no test modules themselves; their assertions are to tell as much.
 pytest.register_assert_rewrite("tests.conformance")
 
@@ -36,7 +39,7 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["APOTHIC_VOLUME_ROOT"] = str(root)
     yield
     try:
-        eventually(lambda: not processes_of_run(RUN_VARIABLE, run))
+        eventually(lambda: not processes_of_run(RUN_VARIABLE, run), 120)  # Ray's own agents wait
     except AssertionError:
         raise AssertionError(f"left: {processes_of_run(RUN_VARIABLE, run)}") from None
     left = list(Path(root, "volumes").glob("*"))

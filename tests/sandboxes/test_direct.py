@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,15 +27,21 @@ __all__ = ["marked"]
 IMAGE = Image.from_registry("apothic-test-debian")
 
 
+@contextmanager
+def in_place(docker_engine: Engine) -> Iterator[DirectEngine]:
+    engine = DirectEngine()
+    previous = use_client(engine)
+    yield engine
+    use_client(previous)
+    engine.disconnect()
+    assert left_of(docker_engine, engine.cluster_id) == []
+
+
 class Direct(SandboxSuite):
     @pytest.fixture
     def engine(self, docker_engine: Engine) -> Iterator[DirectEngine]:
-        engine = DirectEngine()
-        previous = use_client(engine)
-        yield engine
-        use_client(previous)
-        engine.disconnect()
-        assert left_of(docker_engine, engine.cluster_id) == []
+        with in_place(docker_engine) as engine:
+            yield engine
 
     @pytest.fixture
     def define(self, engine: DirectEngine) -> Callable[..., Sandbox]:
@@ -45,6 +53,21 @@ class Direct(SandboxSuite):
             return app.sandbox(**given)
 
         return define
+
+
+class OnUvloop(Direct):
+    """Ray runs its async actors on uvloop where that is installed."""
+
+    @pytest.fixture
+    def engine(self, docker_engine: Engine) -> Iterator[DirectEngine]:
+        uvloop = pytest.importorskip("uvloop")
+        before = asyncio.get_event_loop_policy()
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+        try:
+            with in_place(docker_engine) as engine:
+                yield engine
+        finally:
+            asyncio.set_event_loop_policy(before)
 
 
 class TestDirectExecs(Direct, ExecConformance):
@@ -68,4 +91,12 @@ class TestDirectData(Direct, DataConformance):
 
 
 class TestDirectContainers(Direct, ContainerConformance):
+    pass
+
+
+class TestUvloopExecs(OnUvloop, ExecConformance):
+    pass
+
+
+class TestUvloopFiles(OnUvloop, FileConformance):
     pass
