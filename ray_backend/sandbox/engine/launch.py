@@ -39,7 +39,9 @@ async def launch(
     runs: Callable[[AttachedStream], Awaitable[bool]] | None = None,
     at: FaultPoint = no_fault,
 ) -> Launched:
-    """Create, attach, start: about 145 ms. When it fails or is cancelled, the container is removed.
+    """Create, attach, start: about 0.1 s, with a network 0.2 s.
+
+    When it fails or is cancelled, the container is removed.
 
     Args:
         engine: where.
