@@ -60,6 +60,9 @@ T = TypeVar("T")
 
 AGENT_COMMAND = f"{AGENT_DIRECTORY}/{AGENT_FILE}"
 LINK = "--link"
+OWNER = "--owner"
+"""Before the image's user, to whom new files belong as well."""
+
 DIE_ON_EOF = "--die-on-eof"
 """Has the agent of an unnamed session end with its client, and the container with it."""
 
@@ -383,7 +386,11 @@ async def open_container(
     spec = ContainerSpec(
         name=plan.container_name,
         image=image,
-        command=(AGENT_COMMAND,) if plan.named else (AGENT_COMMAND, DIE_ON_EOF),
+        command=(
+            AGENT_COMMAND,
+            *(() if plan.named else (DIE_ON_EOF,)),
+            *((OWNER, defaults.user) if defaults.user else ()),
+        ),
         labels=owner.as_labels(),
         agent_volume=agent_volume,
         memory_mb=options.memory_mb,

@@ -6,7 +6,7 @@ import os
 import stat
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -235,6 +235,39 @@ def test_modes_of_new_files(agent: Agent, tmp_path: Path):
     assert stat.S_IMODE((tmp_path / "program").stat().st_mode) == 0o755
     done = write(agent, tmp_path / "program", b"", flags=WriteFlag.EXCLUSIVE)
     assert failure(done) == errno.EEXIST
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_what_is_new_belongs_to_the_owner(launch: Callable[..., Agent], tmp_path: Path):
+    agent = launch("--owner", "1234:567")
+
+    def owner(name: str) -> tuple[int, int]:
+        found = (tmp_path / name).lstat()
+        return found.st_uid, found.st_gid
+
+    ours, theirs = (0, os.getegid()), (1234, 567)
+    (tmp_path / "old").write_bytes(b"")
+    (tmp_path / "group").mkdir()
+    os.chown(tmp_path / "group", 0, 89)
+    (tmp_path / "group").chmod(0o2755)
+    connection, place = agent.connection, os.fsencode(tmp_path)
+    write(agent, tmp_path / "new", b"1")
+    write(agent, tmp_path / "beside", b"1", flags=WriteFlag.REPLACE)
+    write(agent, tmp_path / "old", b"1")
+    write(agent, tmp_path / "a/b/c", b"1", flags=WriteFlag.MAKE_PARENTS)
+    write(agent, tmp_path / "program", b"1", mode=0o4755)
+    write(agent, tmp_path / "group/x/y", b"1", flags=WriteFlag.MAKE_PARENTS)
+    agent.request(connection.mkdir(place + b"/d"))
+    agent.request(connection.mkdir(place + b"/d//e/./f/../g/", parents=True))
+    for name in ("new", "beside", "a", "a/b", "a/b/c", "program", "d", "d/e", "d/e/f", "d/e/g"):
+        assert owner(name) == theirs, name
+    assert owner("old") == ours
+    assert stat.S_IMODE((tmp_path / "program").stat().st_mode) == 0o4755
+    assert (owner("group"), owner("group/x"), owner("group/x/y")) == (
+        (0, 89),
+        (1234, 89),
+        (1234, 89),
+    )
 
 
 def test_errors(agent: Agent, tmp_path: Path):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import pytest
 
-from apothic import SandboxSession
+from apothic import Image, Sandbox, SandboxSession
 from apothic.errors import ExecTimeoutError, SandboxLostError
 from ray_backend.sandbox.engine.connection import Engine
 from tests.conformance.sandboxes.base import SandboxSuite
@@ -46,6 +47,19 @@ class ContainerConformance(SandboxSuite):
         assert session.exec("echo on", shell=True).stdout == "on\n"
         left = session.exec("ls -d /proc/[0-9]* | wc -l", shell=True).check()
         assert int(left.stdout) < 10
+
+    def test_what_verbs_make_belongs_to_the_images_user(
+        self, define: Callable[..., Sandbox]
+    ) -> None:
+        image = Image.from_registry("apothic-test-debian").with_dockerfile("USER nobody")
+        with define(image=image).create(cwd="/work/deep") as session:
+            session.write_text("sub/file", "a\n", make_parents=True)
+            session.exec("echo b >> sub/file && mkdir other && touch sub/new", shell=True).check()
+            assert session.read_text("sub/file") == "a\nb\n"
+            owners = session.exec("stat -c %U . sub sub/file", shell=True).check().stdout
+            assert owners.split() == ["nobody"] * 3
+            session.write_text("/etc/issue", "kept\n")
+            assert session.exec("stat -c %U /etc/issue", shell=True).check().stdout == "root\n"
 
     def test_localhost_is_there(self, session: SandboxSession, python: str) -> None:
         code = (

@@ -10,6 +10,7 @@
    --link PATH    speak over the socket at PATH in place of stdin and stdout, where it answers: the
                   engine's streams cost six wake-ups and four copies more. Its end is that of stdin;
                   without --die-on-eof stdin and stdout are taken up again then, for another client.
+   --owner USER   whom new files and directories belong to, as `docker exec --user` takes them.
    --version      print the protocol's version. */
 #include "agent.h"
 
@@ -28,6 +29,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "identity.h"
 #include "tree.h"
 
 #define IN_CAPACITY ((size_t)2 * FRAME_MAX)
@@ -509,12 +511,14 @@ static void set_up(const char *link) {
 }
 
 int main(int argc, char *argv[]) {
-    const char *link = NULL;
+    const char *link = NULL, *owner = "";
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--die-on-eof") == 0) {
             die_on_eof = true;
         } else if (strcmp(argv[i], "--link") == 0 && i + 1 < argc) {
             link = argv[++i];
+        } else if (strcmp(argv[i], "--owner") == 0 && i + 1 < argc) {
+            owner = argv[++i];
         } else if (strcmp(argv[i], "--version") == 0) {
             printf("%d\n", PROTOCOL_VERSION);
             return 0;
@@ -524,6 +528,9 @@ int main(int argc, char *argv[]) {
         }
     }
     set_up(link);
+    struct identity who;
+    if (resolve_user(owner, &who) == 0) /* where there is no such user, execs will say so */
+        files_give_to(&who);
     for (;;) {
         wait_for_work();
         if (die_on_eof && polled[SLOT_STDIN].revents & (POLLHUP | POLLERR | POLLNVAL))

@@ -33,32 +33,71 @@ int files_stat(const struct file_request *r, struct stat *st, char link[PATH_MAX
     return 0;
 }
 
-/* Make what is missing of a path's directories, the last one left out unless `whole`. */
-static int make_directories(const char *path, mode_t mode, bool whole) {
-    char prefix[PATH_MAX_BYTES + 1];
-    size_t length = strlen(path);
-    while (length > 1 && path[length - 1] == '/')
-        length--;
-    for (size_t i = 1; i <= length; i++) {
-        bool last = i == length;
-        if ((!last && path[i] != '/') || (last && !whole))
-            continue;
-        memcpy(prefix, path, i);
-        prefix[i] = '\0';
-        if (mkdir(prefix, last ? mode : 0777) != 0 && (last || errno != EEXIST))
-            return errno;
+static struct identity heir;
+
+void files_give_to(const struct identity *who) {
+    heir = *who;
+}
+
+/* What is new belongs to whom programs run as, but for a group that its directory has given it.
+   Where that is refused, as by a network file system, it stays as that has made it. */
+static void bequeath(int fd) {
+    struct stat st;
+    if (!heir.given || fstat(fd, &st) != 0)
+        return;
+    gid_t gid = st.st_gid == getegid() ? heir.gid : (gid_t)-1;
+    if (fchownat(fd, "", heir.uid, gid, AT_EMPTY_PATH) == 0 && S_ISREG(st.st_mode) &&
+        st.st_mode & (S_ISUID | S_ISGID) && fchmod(fd, st.st_mode & 07777) != 0) {
+        /* the bits that a new owner costs a file are gone */
     }
-    return 0;
+}
+
+/* Make a directory, and with `parents` what is missing before it; without `whole` only that. Every
+   step starts from the directory that the last one opened: code inside, which may rename what
+   belongs to it meanwhile, gets nothing that this did not make. */
+static int make_directory(const char *path, mode_t mode, bool parents, bool whole) {
+    char name[NAME_MAX + 1];
+    int error = 0, at = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+    bool none = true;
+    if (at < 0)
+        return errno;
+    for (;;) {
+        path += strspn(path, "/");
+        size_t n = strcspn(path, "/");
+        bool last = path[n + strspn(path + n, "/")] == '\0';
+        if (n == 0 || (last && !whole))
+            break;
+        if (n > NAME_MAX) {
+            error = ENAMETOOLONG;
+            break;
+        }
+        memcpy(name, path, n);
+        name[n] = '\0';
+        none = false;
+        bool made = (last || parents) && mkdirat(at, name, last ? mode : 0777) == 0;
+        if (!made && (last || (parents && errno != EEXIST))) {
+            error = errno;
+            break;
+        }
+        int next = openat(at, name, O_PATH | O_DIRECTORY | O_CLOEXEC | (made ? O_NOFOLLOW : 0));
+        if (next < 0) {
+            error = errno;
+            break;
+        }
+        close(at);
+        at = next;
+        if (made)
+            bequeath(at);
+        path += n;
+    }
+    close(at);
+    return none && whole && error == 0 ? EEXIST : error;
 }
 
 int files_mkdir(const struct file_request *r) {
     struct stat st;
-    mode_t mode = (mode_t)(r->mode & 07777);
-    int error = 0;
-    if (r->flags & MKDIR_PARENTS)
-        error = make_directories(r->path, mode, true);
-    else if (mkdir(r->path, mode) != 0)
-        error = errno;
+    int error =
+        make_directory(r->path, (mode_t)(r->mode & 07777), (r->flags & MKDIR_PARENTS) != 0, true);
     if (error == EEXIST && (r->flags & MKDIR_EXIST_OK) && stat(r->path, &st) == 0 &&
         S_ISDIR(st.st_mode))
         error = 0;
@@ -119,6 +158,8 @@ static int open_or_create(const char *path, const struct file_request *r, bool *
             return fd;
         fd = open(path, flags | O_CREAT | O_EXCL, mode);
         *created = fd >= 0;
+        if (fd >= 0)
+            bequeath(fd);
         if (fd >= 0 || r->flags & WRITE_EXCLUSIVE || errno != EEXIST)
             return fd;
     }
@@ -197,7 +238,9 @@ static int open_scratch(const struct file_request *r, struct written_file *file)
     }
     if (file->fd < 0)
         return errno;
-    if (existing >= 0) {
+    if (existing < 0) {
+        bequeath(file->fd);
+    } else {
         if (fstat(file->fd, &new) != 0)
             error = errno;
         else if ((new.st_uid != old.st_uid || new.st_gid != old.st_gid) &&
@@ -221,7 +264,7 @@ static int open_replacement(const struct file_request *r, struct written_file *f
         return EINVAL;
     int error = open_parent(r->path, &file->directory, file->name);
     if (error == ENOENT && r->flags & WRITE_MAKE_PARENTS &&
-        (error = make_directories(r->path, 0777, false)) == 0)
+        (error = make_directory(r->path, 0777, true, false)) == 0)
         error = open_parent(r->path, &file->directory, file->name);
     if (error != 0)
         return error;
@@ -240,7 +283,7 @@ int files_open_write(const struct file_request *r, struct written_file *file) {
         return open_replacement(r, file);
     int fd = open_or_create(r->path, r, &file->created);
     if (fd < 0 && errno == ENOENT && r->flags & WRITE_MAKE_PARENTS) {
-        int error = make_directories(r->path, 0777, false);
+        int error = make_directory(r->path, 0777, true, false);
         if (error != 0)
             return error;
         fd = open_or_create(r->path, r, &file->created);

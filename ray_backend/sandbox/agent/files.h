@@ -9,7 +9,11 @@
 #include <stdint.h>
 #include <sys/stat.h>
 
+#include "identity.h"
 #include "wire.h"
+
+/* Have new files and directories belong to somebody else than the agent. */
+void files_give_to(const struct identity *who);
 
 /* link gets the target of a symbolic link that was not followed, link_length its length. */
 int files_stat(const struct file_request *r, struct stat *st, char link[PATH_MAX_BYTES],
