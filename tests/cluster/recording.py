@@ -32,6 +32,7 @@ class RecordingEngine:
         self._directory = Path(tempfile.mkdtemp(prefix="apothic-"))
         self._loop = asyncio.new_event_loop()
         self._stopped = asyncio.Event()
+        self._serving: set[asyncio.Task[Any]] = set()
         self._created: dict[str, dict[str, Any]] = {}
         self.takes_gpus = True
 
@@ -67,6 +68,8 @@ class RecordingEngine:
                 for task in connections:
                     task.cancel()
                 await asyncio.gather(*connections, return_exceptions=True)
+                for _ in range(3):  # what they closed ends in the loop's next rounds
+                    await asyncio.sleep(0)
 
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(listen(),))
         self._thread.start()
@@ -80,6 +83,9 @@ class RecordingEngine:
         shutil.rmtree(self._directory)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        me = asyncio.current_task()
+        assert me is not None
+        self._serving.add(me)  # the loop itself holds no task
         there, back = await asyncio.open_unix_connection(self._target, limit=_LIMIT)
         answers = asyncio.ensure_future(_pass_on(there, writer))
         try:
@@ -92,10 +98,9 @@ class RecordingEngine:
         except asyncio.CancelledError:
             answers.cancel()
         finally:
-            for each in (writer, back):
-                each.close()
-                with contextlib.suppress(OSError):
-                    await each.wait_closed()
+            writer.close()
+            back.close()
+            self._serving.discard(me)
 
     async def _pass_request(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
