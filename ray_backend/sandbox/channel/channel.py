@@ -324,7 +324,9 @@ class AgentChannel:
     def _closed_error(self) -> ChannelClosedError:
         assert self._end is not None
         why, cause = self._end
-        error = ChannelClosedError(why if cause is None else f"{why}: {cause}")
+        if cause is not None:
+            why = f"{why}: {cause}".rstrip(".")  # a cause may be a sentence of its own
+        error = ChannelClosedError(why)
         error.__cause__ = cause
         return error
 
