@@ -64,8 +64,11 @@ class ContainerConformance(SandboxSuite):
     def test_localhost_is_there(self, session: SandboxSession, python: str) -> None:
         code = (
             "import socket\n"
-            "server = socket.create_server(('localhost', 0))\n"
-            "client = socket.create_connection(('localhost', server.getsockname()[1]))\n"
+            "server = socket.create_server(('', 0))\n"
+            "port = server.getsockname()[1]\n"
+            "socket.create_connection((socket.gethostname(), port)).close()\n"
+            "server.accept()[0].close()\n"
+            "client = socket.create_connection(('localhost', port))\n"
             "client.sendall(b'met')\n"
             "print(server.accept()[0].recv(3).decode())\n"
         )

@@ -103,7 +103,7 @@ void keepers_settle(void);
 void keepers_reap(void);
 
 /* hosts.c */
-/* Give localhost its addresses where the image does not. */
+/* Give localhost and the host name addresses where the image does not. */
 void name_localhost(void);
 
 /* transfer.c */
