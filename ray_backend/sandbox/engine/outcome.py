@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -23,6 +24,9 @@ OOM_COUNTER_FILES = (
     "/sys/fs/cgroup/memory/memory.oom_control",  # cgroup v1, Linux 4.13 and later
 )
 """Files inside the container; the first that exists holds the counter."""
+
+_KILLED = 128 + 9
+_OOM_LATE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -67,16 +71,27 @@ def ask_outcome(engine: Engine, container_id: str, *, timeout_s: float = 10.0) -
     except TimeoutError:
         found = engine.inspect(container_id)
         return Outcome(True, None, found is not None and found.oom_killed)
+    outcome = _ended(engine, container_id, exit_code)
+    deadline = time.monotonic() + _OOM_LATE_S
+    # Killed, by whom? The engine may hear of the end before it hears of the memory.
+    while outcome.exit_code == _KILLED and not outcome.oom_killed and time.monotonic() < deadline:
+        time.sleep(_OOM_LATE_S / 5)
+        outcome = _ended(engine, container_id, exit_code)
+    return outcome
+
+
+def _ended(engine: Engine, container_id: str, exit_code: int | None) -> Outcome:
     found = engine.inspect(container_id)
+    running = found is not None and found.running
+    oom_killed = found is not None and found.oom_killed
     if found is not None:
-        return Outcome(found.running, found.exit_code or exit_code, found.oom_killed)
-    oom_killed = False
+        exit_code = found.exit_code or exit_code
     for action, attributes in _events(engine, container_id):
         if action == "oom":
             oom_killed = True
         elif action == "die" and exit_code is None and attributes.get("exitCode", "").isdigit():
             exit_code = int(attributes["exitCode"])
-    return Outcome(False, exit_code, oom_killed)
+    return Outcome(running, exit_code, oom_killed)
 
 
 def count_oom_events(engine: Engine, container_id: str) -> int:
