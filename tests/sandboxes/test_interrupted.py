@@ -118,11 +118,6 @@ def test_killed_while_the_firewall_is_set(docker_engine: Engine):
     assert left_of_sessions(docker_engine, cluster) == []
 
 
-# docker-py drops a socket that cannot be connected, and does not close it.
-@pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-)
-@pytest.mark.filterwarnings("ignore:unclosed .socket:ResourceWarning")
 @pytest.mark.parametrize("how", ["restarted", "killed", "restarted with live-restore"])
 def test_engine(how: str, docker_engine: Engine, monkeypatch: pytest.MonkeyPatch):
     """Its sessions are lost and say so at once, also while it is away; a sweep clears the rest."""
