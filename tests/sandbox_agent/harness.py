@@ -383,6 +383,17 @@ class Agent:
         assert not said, said
 
 
+def keepers(agent: Agent) -> list[int]:
+    """Give the agent's children: one for each exec of which something is alive, and who rests."""
+    found = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    return [int(pid) for pid in found]
+
+
+def state(pid: int) -> str:
+    """Give the letter for what a process does, as `ps` shows it."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 @contextlib.contextmanager
 def running(binary: Path, *arguments: str, **options: object) -> Iterator[Agent]:
     """Have an agent for a while."""

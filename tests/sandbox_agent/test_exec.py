@@ -12,7 +12,7 @@ import pytest
 
 from ray_backend.sandbox.agent.constants import Stage
 from ray_backend.sandbox.protocol import Exited, Output
-from tests.sandbox_agent.harness import Agent, wait_until
+from tests.sandbox_agent.harness import Agent, keepers, state, wait_until
 
 PYTHON = sys.executable
 MIB = 1 << 20
@@ -232,18 +232,15 @@ def test_background_processes_go_on_and_may_write(agent: Agent, tmp_path: Path):
     assert (ran.stdout, ran.exit.left_behind) == (b"started\n", True)
     go.write_text("now\n")
     wait_until(lambda: done.exists() and done.read_text() == "0\n", "it wrote 4 MiB to nobody")
-    wait_until(lambda: not agent_keepers(agent), "its keeper has ended")
-
-
-def agent_keepers(agent: Agent) -> list[str]:
-    return Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    wait_until(lambda: not keepers(agent), "its keeper has ended")
 
 
 def test_every_zombie_is_reaped_and_no_status_stolen(any_agent: Agent):
     script = 'for i in 1 2 3 4 5 6 7 8; do (setsid sh -c "(:)& (:)& exit 3" &) ; done; exit 42'
     streams = [any_agent.start(["sh", "-c", script]) for _ in range(10)]
     assert {any_agent.finish(stream).exit.status for stream in streams} == {42}
-    wait_until(lambda: not agent_keepers(any_agent), "no keeper, no zombie")
+    wait_until(lambda: len(keepers(any_agent)) <= 1, "one keeper at most, which rests")
+    assert not any(state(pid) == "Z" for pid in keepers(any_agent))
 
 
 def test_many_at_once(agent: Agent):

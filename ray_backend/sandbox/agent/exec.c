@@ -25,13 +25,14 @@ struct keeper {
     int socket;
     size_t slot;    /* where it was polled */
     uint32_t exec;  /* the stream id by which it may be killed; 0: its client is gone */
-    bool in_use, ended, gone, dead;
+    bool in_use, ended, gone, waits, dead; /* waits: for another exec, or the end of its socket */
     uint32_t kills; /* asked for and not answered */
     uint64_t patience_ns; /* 0: none */
 };
 
 static struct keeper keepers[KEEPERS_MAX];
 static size_t keepers_used; /* slots beyond are free */
+static struct keeper *resting; /* has nothing to do, and is handed the next exec; NULL: none */
 static uint64_t orphans_recheck_ns;
 static int orphan_rounds; /* walks still to be made that find no orphan */
 
@@ -51,6 +52,8 @@ static struct keeper *keeper_new(void) {
 
 static void keeper_free(struct keeper *k) {
     close_fd(&k->socket);
+    if (resting == k)
+        resting = NULL;
     k->in_use = false;
     while (keepers_used > 0 && !keepers[keepers_used - 1].in_use)
         keepers_used--;
@@ -87,6 +90,10 @@ static void keeper_kill(struct keeper *k, uint32_t grace_ms) {
     uint64_t patience = now_ns() + ((uint64_t)grace_ms + KEEPER_PATIENCE_MS) * 1000000u;
     if (k->patience_ns == 0 || patience < k->patience_ns)
         k->patience_ns = patience;
+    if (k->waits) { /* nothing is left to kill */
+        k->waits = false;
+        close_fd(&k->socket);
+    }
     keeper_tell(k, KEEPER_KILL, (int32_t)grace_ms);
 }
 
@@ -120,7 +127,7 @@ static void keeper_says(struct keeper *k, const struct keeper_message *message) 
         break;
     case KEEPER_ENDED:
         k->ended = true;
-        k->gone = !message->left;
+        k->gone = k->waits = !message->left;
         if (s != NULL)
             exec_ended(s, message, 0);
         break;
@@ -142,6 +149,17 @@ static void keeper_listen(struct keeper *k) {
 static void send_killed(uint32_t exec, uint32_t kills) {
     put_u32(frame_open(&out), kills);
     frame_close(&out, FRAME_KILLED, exec, 4);
+}
+
+/* Keep one that has nothing more to do for the next exec, and let the others end. */
+static void keeper_rest(struct keeper *k) {
+    if (resting != NULL || k->kills > 0 || k->patience_ns != 0) {
+        k->waits = false;
+        close_fd(&k->socket);
+        return;
+    }
+    resting = k;
+    k->exec = 0;
 }
 
 /* Finish with a keeper that has died, and answer who asked for the kill. */
@@ -168,9 +186,13 @@ static void keeper_settle(struct keeper *k) {
 }
 
 void keepers_settle(void) {
-    for (size_t i = keepers_used; i-- > 0;)
-        if (keepers[i].in_use && keepers[i].dead)
-            keeper_settle(&keepers[i]);
+    for (size_t i = keepers_used; i-- > 0;) {
+        struct keeper *k = &keepers[i];
+        if (k->in_use && k->dead)
+            keeper_settle(k);
+        else if (k->in_use && k->waits && k != resting && stream_of(k) == NULL)
+            keeper_rest(k);
+    }
 }
 
 void keepers_reap(void) {
@@ -244,7 +266,7 @@ void keepers_forget(void) {
 
 /* The ends of an exec's pipes that stay here, and those that go to the keeper. */
 struct plumbing {
-    int ours[2], input, socket;
+    int ours[2], input;
     struct keeper_ends theirs;
 };
 
@@ -258,12 +280,8 @@ static int make_pipe(int *read_end, int *write_end) {
 }
 
 static int plumb(struct plumbing *p, bool with_input) {
-    int pair[2], error = 0;
-    *p = (struct plumbing){{-1, -1}, -1, -1, {-1, -1, {-1, -1}, {-1, -1}, signals_fd}};
-    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) != 0)
-        return errno;
-    p->socket = pair[0];
-    p->theirs.socket = pair[1];
+    int error = 0;
+    *p = (struct plumbing){{-1, -1}, -1, {-1, -1, {-1, -1}, {-1, -1}, signals_fd}};
     for (int i = 0; i < 2 && error == 0; i++)
         if ((error = make_pipe(&p->ours[i], &p->theirs.write[i])) == 0) {
             p->theirs.read[i] = p->ours[i];
@@ -284,6 +302,38 @@ static int make_ring(struct input *input) {
     return 0;
 }
 
+/* Hand an exec to the keeper that rests, where there is one and it still can. */
+static struct keeper *keeper_reuse(const void *request, size_t length, const struct plumbing *p) {
+    struct keeper *k = resting;
+    if (k == NULL)
+        return NULL;
+    resting = NULL;
+    if (!k->dead) {
+        kill(k->pid, SIGCONT); /* code of the same user may have stopped it */
+        if (keeper_next(k->socket, request, length, &p->theirs)) {
+            *k = (struct keeper){
+                .pid = k->pid, .socket = k->socket, .slot = NO_SLOT, .in_use = true};
+            return k;
+        }
+    }
+    return NULL; /* it ends, or rests again */
+}
+
+static int keeper_fork(struct keeper *k, const struct exec_request *r, void *memory,
+                       struct plumbing *p) {
+    int pair[2];
+    if (k == NULL)
+        return EAGAIN;
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) != 0)
+        return errno;
+    k->socket = pair[0];
+    p->theirs.socket = pair[1];
+    k->pid = keeper_start(r, memory, &p->theirs, &origin);
+    int error = k->pid < 0 ? errno : 0;
+    close(pair[1]);
+    return error;
+}
+
 void exec_start(const struct frame *frame, uint8_t *request) {
     struct exec_request r;
     struct plumbing p;
@@ -293,22 +343,22 @@ void exec_start(const struct frame *frame, uint8_t *request) {
     }
     bool with_input = (r.flags & EXEC_STDIN) != 0;
     struct stream *s = stream_new(EXEC, frame->stream);
-    struct keeper *k = s == NULL ? NULL : keeper_new();
+    struct keeper *k = NULL;
     int error = plumb(&p, with_input);
-    if (k == NULL)
+    if (s == NULL)
         error = EAGAIN;
     if (error == 0 && with_input)
         error = make_ring(&s->in);
-    if (error == 0)
+    if (error == 0) {
         s->oom_kills = oom_kills();
-    if (error == 0 && (k->pid = keeper_start(&r, request, &p.theirs, &origin)) < 0)
-        error = errno;
-    close_fd(&p.theirs.socket);
+        k = keeper_reuse(request, frame->length, &p);
+        if (k == NULL)
+            error = keeper_fork(k = keeper_new(), &r, request, &p);
+    }
     close_fd(&p.theirs.input);
     close_fd(&p.theirs.write[0]);
     close_fd(&p.theirs.write[1]);
     if (error == 0) {
-        k->socket = p.socket;
         k->exec = frame->stream;
         s->keeper = k;
         s->in.fd = p.input;
@@ -318,7 +368,6 @@ void exec_start(const struct frame *frame, uint8_t *request) {
         return;
     }
     send_error(frame->stream, error, STAGE_START);
-    close_fd(&p.socket);
     close_fd(&p.input);
     close_fd(&p.ours[0]);
     close_fd(&p.ours[1]);

@@ -87,69 +87,77 @@ static int run_program(char *const argv[], char *const envp[], uint32_t *stage) 
 
 /* When memory runs out, programs go before the agent. */
 static void prefer_for_oom(void) {
-    char text[16] = "";
+    static char text[16]; /* the same for each leader of a keeper */
+    static int length;
     int fd = open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
     if (fd < 0)
         return;
-    if (read(fd, text, sizeof text - 1) > 0) {
+    if (length == 0 && read(fd, text, sizeof text - 1) > 0) {
         long score = strtol(text, NULL, 10) + OOM_SCORE_MORE;
-        int n = snprintf(text, sizeof text, "%ld", score > 1000 ? 1000 : score);
-        if (write(fd, text, (size_t)n) < 0) {
-            /* the score stays: nothing depends on it */
-        }
+        length = snprintf(text, sizeof text, "%ld", score > 1000 ? 1000 : score);
+    }
+    if (write(fd, text, (size_t)length) < 0) {
+        /* the score stays: nothing depends on it */
     }
     close(fd);
 }
 
+/* Give what reads like an empty file, for this keeper's leaders. */
 static int open_null(void) {
-    int ends[2], fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    if (fd >= 0 || pipe2(ends, O_CLOEXEC) != 0)
-        return fd;
-    close(ends[1]); /* an image without /dev/null: a pipe that nobody writes to reads the same */
-    return ends[0];
+    static int null = -1;
+    int ends[2];
+    if (null < 0)
+        null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (null < 0 && pipe2(ends, O_CLOEXEC) == 0) {
+        close(ends[1]); /* an image without /dev/null: a pipe that nobody writes to reads the same */
+        null = ends[0];
+    }
+    return null;
 }
 
-/* The pointers of argv and envp. What the leader writes here the keeper sees: they share their
-   memory until execve. */
-static char **pointers;
+#define FEW_POINTERS 256
 
-/* Give why there is no program. This runs in a vfork child: it allocates once, for the keeper to
-   free, and changes nothing else that the keeper will look at. */
-static struct failure leader_run(const struct exec_request *request, const struct keeper_ends *ends,
+static char **many_pointers; /* of the leader that starts */
+
+/* Lay argv and envp out, valid until the next call; NULL where there is no room. */
+static char **lay_out(const struct exec_request *request, const struct identity *who,
+                      char ***envp) {
+    static char *few[FEW_POINTERS], home[sizeof "HOME=" + PATH_MAX_BYTES];
+    size_t count = (size_t)request->argc + request->envc + 3;
+    /* The kernel takes 6 MiB of strings and pointers; a hostile count of empty strings less. */
+    if (count > FEW_POINTERS && count <= REQUEST_MAX / sizeof *many_pointers)
+        many_pointers = malloc(count * sizeof *many_pointers);
+    char **argv = count > FEW_POINTERS ? many_pointers : few;
+    if (argv == NULL)
+        return NULL;
+    const char *at = request->strings;
+    for (uint32_t i = 0; i < request->argc; i++, at += strlen(at) + 1)
+        argv[i] = (char *)at;
+    argv[request->argc] = NULL;
+    *envp = argv + request->argc + 1;
+    uint32_t last = request->envc;
+    for (uint32_t i = 0; i < last; i++, at += strlen(at) + 1)
+        (*envp)[i] = (char *)at;
+    (*envp)[last] = NULL;
+    if (who->given && environment_value(*envp, "HOME") == NULL) {
+        snprintf(home, sizeof home, "HOME=%s", who->home);
+        (*envp)[last++] = home;
+        (*envp)[last] = NULL;
+    }
+    return argv;
+}
+
+/* Become the program, or give why not. This runs in a vfork child, on the keeper's memory. */
+static struct failure leader_run(char **argv, char **envp, const struct exec_request *request,
+                                 const struct keeper_ends *ends, int input,
                                  const struct identity *who, const struct agent_origin *origin) {
     struct failure failure = {0, STAGE_START};
     sigset_t none;
     setsid();
     prefer_for_oom();
     setrlimit(RLIMIT_NOFILE, &origin->files);
-
-    int input = ends->input >= 0 ? ends->input : open_null();
-    if (input < 0 || dup2(input, 0) < 0 || dup2(ends->write[0], 1) < 0 ||
-        dup2(ends->write[1], 2) < 0)
+    if (dup2(input, 0) < 0 || dup2(ends->write[0], 1) < 0 || dup2(ends->write[1], 2) < 0)
         return failure.error = errno, failure;
-
-    /* The kernel takes 6 MiB of strings and pointers; a hostile count of empty strings less. */
-    size_t count = (size_t)request->argc + request->envc + 3;
-    if (count <= REQUEST_MAX / sizeof *pointers)
-        pointers = malloc(count * sizeof *pointers);
-    if (pointers == NULL)
-        return failure.error = E2BIG, failure;
-    char **argv = pointers, **envp = pointers + request->argc + 1;
-    const char *at = request->strings;
-    for (uint32_t i = 0; i < request->argc; i++, at += strlen(at) + 1)
-        argv[i] = (char *)at;
-    argv[request->argc] = NULL;
-    uint32_t last = request->envc;
-    for (uint32_t i = 0; i < last; i++, at += strlen(at) + 1)
-        envp[i] = (char *)at;
-    envp[last] = NULL;
-    static char home[sizeof "HOME=" + PATH_MAX_BYTES];
-    if (who->given && environment_value(envp, "HOME") == NULL) {
-        snprintf(home, sizeof home, "HOME=%s", who->home);
-        envp[last++] = home;
-        envp[last] = NULL;
-    }
-
     failure.stage = STAGE_USER;
     if ((failure.error = become(who, origin->gid)) != 0)
         return failure;
@@ -163,27 +171,30 @@ static struct failure leader_run(const struct exec_request *request, const struc
     return failure;
 }
 
-/* Start the leader and wait until it has become the program, or told why it could not. vfork
-   costs a third of fork here. The pipe closes on exec; what comes through it is the errno. */
+/* Start the leader and wait until it has become the program, or told why it could not: they share
+   their memory until then. vfork costs a third of fork here. */
 static pid_t leader_start(const struct exec_request *request, const struct keeper_ends *ends,
                           const struct identity *who, const struct agent_origin *origin,
                           struct failure *failure) {
-    int report[2];
-    *failure = (struct failure){0, STAGE_START};
-    if (pipe2(report, O_CLOEXEC) != 0)
-        return failure->error = errno, -1;
+    static volatile struct failure told;
+    char **envp, **argv = lay_out(request, who, &envp);
+    int input = ends->input >= 0 ? ends->input : open_null();
+    *failure = (struct failure){argv == NULL ? E2BIG : errno, STAGE_START};
+    if (argv == NULL || input < 0)
+        return -1;
+    told.error = 0;
     pid_t pid = vfork();
-    if (pid < 0) {
-        failure->error = errno;
-    } else if (pid == 0) {
-        struct failure mine = leader_run(request, ends, who, origin);
-        _exit(write(report[1], &mine, sizeof mine) == sizeof mine ? 127 : 126);
+    if (pid == 0) {
+        struct failure mine = leader_run(argv, envp, request, ends, input, who, origin);
+        told.stage = mine.stage;
+        told.error = mine.error;
+        _exit(127);
     }
-    close(report[1]);
-    if (pid > 0 && read(report[0], failure, sizeof *failure) < 0)
-        failure->error = errno;
-    close(report[0]);
-    free(pointers);
+    *failure = (struct failure){pid < 0 ? errno : told.error, told.stage};
+    if (pid < 0)
+        failure->stage = STAGE_START;
+    free(many_pointers);
+    many_pointers = NULL;
     return pid;
 }
 
@@ -309,7 +320,9 @@ static bool kill_round(struct keeping *k) {
     return true;
 }
 
-static _Noreturn void keep(struct keeping *k) {
+/* Stay until nobody is left below. Gives back only where the agent knows so from the leader's end,
+   and asked for no kill: else it waits for this process to end. */
+static void keep(struct keeping *k) {
     while (reap(k)) {
         int timeout = -1;
         if (k->kill == ASKED) {
@@ -345,22 +358,16 @@ static _Noreturn void keep(struct keeping *k) {
     }
     if (!k->all_told)
         tell(k, (struct keeper_message){.verb = KEEPER_GONE});
-    _exit(0);
+    if (!k->all_told || k->kill != IDLE)
+        _exit(0);
 }
 
-static _Noreturn void keeper_run(const struct exec_request *request, void *memory,
-                                 const struct keeper_ends *ends,
-                                 const struct agent_origin *origin) {
+/* Do one exec; `memory` is freed as soon as the program runs. */
+static void keeper_exec(const struct exec_request *request, void *memory,
+                        const struct keeper_ends *ends, const struct agent_origin *origin) {
     struct keeping k = {.ends = ends, .drain = {ends->read[0], ends->read[1]}};
     struct identity who;
     struct failure failure = {0, STAGE_USER};
-    sigset_t all;
-    prctl(PR_SET_CHILD_SUBREAPER, 1);
-    prctl(PR_SET_NAME, "keeper");
-    sigfillset(&all);
-    sigprocmask(SIG_SETMASK, &all, NULL);
-    close_others(ends);
-
     failure.error = resolve_user(request->user, &who);
     k.started_ns = now_ns();
     if (failure.error == 0)
@@ -375,11 +382,91 @@ static _Noreturn void keeper_run(const struct exec_request *request, void *memor
     if (request->flags & EXEC_TELL_START)
         tell(&k, (struct keeper_message){.verb = KEEPER_STARTED, .number = k.leader});
     free(memory);
-    close(0);
-    close(1);
     if (ends->input >= 0)
         close(ends->input);
+    /* The agent's; what takes these numbers next must not be what a leader gets as its own. */
+    dup2(ends->socket, 0);
+    dup2(ends->socket, 1);
     keep(&k);
+    for (int i = 0; i < 2; i++)
+        if (k.drain[i] >= 0)
+            close(k.drain[i]);
+}
+
+/* ---- one exec after another ---- */
+
+#define ENDS_MAX 5
+
+union ends_control {
+    struct cmsghdr header; /* for its alignment */
+    char bytes[CMSG_SPACE(ENDS_MAX * sizeof(int))];
+};
+
+bool keeper_next(int socket, const void *request, size_t length, const struct keeper_ends *ends) {
+    int fds[ENDS_MAX] = {ends->read[0], ends->read[1], ends->write[0], ends->write[1], ends->input};
+    size_t count = ends->input >= 0 ? ENDS_MAX : ENDS_MAX - 1;
+    struct keeper_message head = {.verb = KEEPER_NEXT, .number = (int32_t)count};
+    struct iovec parts[] = {{&head, sizeof head}, {(void *)request, length}};
+    union ends_control control;
+    memset(&control, 0, sizeof control);
+    struct msghdr message = {.msg_iov = parts,
+                             .msg_iovlen = 2,
+                             .msg_control = control.bytes,
+                             .msg_controllen = CMSG_SPACE(count * sizeof(int))};
+    struct cmsghdr *c = CMSG_FIRSTHDR(&message);
+    c->cmsg_level = SOL_SOCKET;
+    c->cmsg_type = SCM_RIGHTS;
+    c->cmsg_len = CMSG_LEN(count * sizeof(int));
+    memcpy(CMSG_DATA(c), fds, count * sizeof(int));
+    return length <= KEEPER_NEXT_MAX && sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT) > 0;
+}
+
+/* Wait for another exec; this process ends when there will be none. */
+static void wait_for_next(struct keeper_ends *ends, struct exec_request *request) {
+    static uint8_t body[KEEPER_NEXT_MAX];
+    struct keeper_message head;
+    union ends_control control;
+    for (;;) {
+        struct iovec parts[] = {{&head, sizeof head}, {body, sizeof body}};
+        struct msghdr message = {.msg_iov = parts,
+                                 .msg_iovlen = 2,
+                                 .msg_control = control.bytes,
+                                 .msg_controllen = sizeof control.bytes};
+        ssize_t n = recvmsg(ends->socket, &message, MSG_CMSG_CLOEXEC);
+        if (n < (ssize_t)sizeof head || head.verb == KEEPER_KILL)
+            _exit(0);
+        if (head.verb != KEEPER_NEXT)
+            continue; /* it was for the last one */
+        int fds[ENDS_MAX] = {-1, -1, -1, -1, -1};
+        struct cmsghdr *c = CMSG_FIRSTHDR(&message);
+        size_t size = (size_t)head.number * sizeof(int);
+        if (c == NULL || size > sizeof fds || c->cmsg_len != CMSG_LEN(size) ||
+            !decode_exec(body, (size_t)n - sizeof head, request))
+            _exit(1); /* no files left for this process, say: it counts as killed */
+        memcpy(fds, CMSG_DATA(c), size);
+        memcpy(ends->read, fds, sizeof ends->read);
+        memcpy(ends->write, fds + 2, sizeof ends->write);
+        ends->input = fds[4];
+        return;
+    }
+}
+
+static _Noreturn void keeper_run(const struct exec_request *first, void *memory,
+                                 const struct keeper_ends *given,
+                                 const struct agent_origin *origin) {
+    struct keeper_ends ends = *given;
+    struct exec_request request = *first;
+    sigset_t all;
+    prctl(PR_SET_CHILD_SUBREAPER, 1);
+    prctl(PR_SET_NAME, "keeper");
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, NULL);
+    close_others(&ends);
+    for (;;) {
+        keeper_exec(&request, memory, &ends, origin);
+        memory = NULL;
+        wait_for_next(&ends, &request);
+    }
 }
 
 pid_t keeper_start(const struct exec_request *request, void *memory, const struct keeper_ends *ends,
