@@ -9,36 +9,32 @@ seam is one call here.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import json
 import os
 import stat
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from apothic.backend import ExecOutcome, ExecRequest
 from apothic.errors import (
-    ExecStartError,
     SandboxClosedError,
     SandboxError,
     SandboxFileError,
 )
-from apothic.file_errors import file_error, shown, typed
+from apothic.exec_run import ExecRun, KeptOutput
+from apothic.file_errors import file_error, typed
 from apothic.uploads import UPLOAD_IDLE_S, Upload
 from apothic.workspace import (
     Command,
     OutputKind,
-    Process,
-    StartFailure,
-    StartStage,
     Workspace,
 )
 
-__all__ = ["KILL_GRACE_S", "STREAMS", "VERBS", "SessionCore", "SessionStatus"]
+__all__ = ["STREAMS", "VERBS", "SessionCore", "SessionStatus"]
 
 VERBS = (
     "pwd", "get_env", "chdir", "update_env", "exists", "listdir", "mkdir", "read", "write",
@@ -49,14 +45,8 @@ VERBS = (
 STREAMS = ("exec_stream", "read_stream")
 """Verbs that give several, as async iterators; closing one early ends what it does."""
 
-KILL_GRACE_S = 1.0
-"""Seconds between SIGTERM and SIGKILL for what ran too long or is not wanted any more."""
-
 READ_BYTES = 4 * 1024 * 1024
 """How much `read_stream` gives at once."""
-
-_NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
-_NOT_EXECUTABLE = (errno.EACCES, errno.EPERM, errno.ENOEXEC, errno.EISDIR, errno.ELOOP)
 
 
 class SessionStatus(NamedTuple):
@@ -294,25 +284,17 @@ class SessionCore:
 
     async def exec(self, request: ExecRequest, stdin: bytes | memoryview | None) -> ExecOutcome:
         """Run a program to its end."""
-        kept: dict[OutputKind, _Kept] = {
-            "stdout": _Kept(request.max_output_bytes),
-            "stderr": _Kept(request.max_output_bytes),
-        }
-        outcome: ExecOutcome | None = None
-        async with aclosing(self._run(request, stdin)) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, ExecOutcome):
-                    outcome = piece
-                else:
-                    kept[piece[0]].add(piece[1])
-        assert outcome is not None
-        out, err = kept["stdout"], kept["stderr"]
-        return outcome._replace(
-            stdout=out.join(),
-            stderr=err.join(),
-            stdout_truncated=out.truncated,
-            stderr_truncated=err.truncated,
-        )
+        out, err = KeptOutput(request.max_output_bytes), KeptOutput(request.max_output_bytes)
+        with self._call():
+            async with self._run(request, stdin) as run:
+                while (piece := await run.next_output()) is not None:
+                    (out if piece[0] == "stdout" else err).add(piece[1])
+                return run.outcome._replace(
+                    stdout=out.join(),
+                    stderr=err.join(),
+                    stdout_truncated=out.truncated,
+                    stderr_truncated=err.truncated,
+                )
 
     async def exec_stream(
         self, request: ExecRequest, stdin: bytes | memoryview | None
@@ -321,49 +303,20 @@ class SessionCore:
 
         Output is limited only by how fast it is taken. Closing the iterator kills the program.
         """
-        async with aclosing(self._run(request, stdin)) as pieces:
-            async for piece in pieces:
-                yield piece
-
-    async def _run(
-        self, request: ExecRequest, stdin: bytes | memoryview | None
-    ) -> AsyncGenerator[tuple[OutputKind, bytes] | ExecOutcome, None]:
         with self._call():
-            async with self._slots or contextlib.nullcontext():
-                command = self._command(request, stdin)
-                timeout = _Timeout()
-                process: Process | None = None
-                try:
-                    process = await self._workspace.spawn(command)
-                    timeout.start(process, request.timeout_s)
-                    while (piece := await process.next_output()) is not None:
-                        yield piece
-                    await timeout.end()
-                except StartFailure as failure:
-                    timeout.cancel()
-                    if process is not None:
-                        process.detach()
-                    returncode, words = self._not_started(failure, command)
-                    yield "stderr", words
-                    yield ExecOutcome(returncode)
-                    return
-                except BaseException:
-                    timeout.cancel()
-                    if process is not None:
-                        await asyncio.shield(process.kill(KILL_GRACE_S, discard_output=True))
-                        process.detach()
-                    raise
-                process.detach()
-                ended = process.exit
-                yield ExecOutcome(
-                    returncode=ended.status
-                    if ended.status is not None
-                    else 128 + (ended.signal or 0),
-                    signal=ended.signal,
-                    duration_s=ended.duration_s,
-                    oom_killed=ended.oom_killed,
-                    timed_out=timeout.expired,
-                )
+            async with self._run(request, stdin) as run:
+                while (piece := await run.next_output()) is not None:
+                    yield piece
+                yield run.outcome
+
+    def _run(self, request: ExecRequest, stdin: bytes | memoryview | None) -> ExecRun:
+        return ExecRun(
+            self._workspace,
+            lambda: self._command(request, stdin),
+            timeout_s=request.timeout_s,
+            slots=self._slots,
+            label=self._label,
+        )
 
     def _command(self, request: ExecRequest, stdin: bytes | memoryview | None) -> Command:
         env = _overlaid(self._base, self._own)
@@ -375,34 +328,6 @@ class SessionCore:
             env=_overlaid(env, request.env) if request.env else env,
             user=request.user,
             stdin=stdin,
-        )
-
-    def _not_started(self, failure: StartFailure, command: Command) -> tuple[int, bytes]:
-        """Give the result of a program that is missing or not executable; raise what is no result."""
-        number = failure.errno
-        program = command.argv[0]
-        if failure.stage is StartStage.PROGRAM and number in _NOT_FOUND:
-            where = b"" if b"/" in program else b" in PATH"
-            return 127, b"%s: not found%s\n" % (program, where)
-        if failure.stage is StartStage.PROGRAM and number in _NOT_EXECUTABLE:
-            return 126, b"%s: cannot be executed: %s\n" % (program, os.strerror(number).encode())
-        if failure.stage is StartStage.CWD:
-            raise file_error(number, command.cwd)
-        name = shown(program)
-        if failure.stage is StartStage.USER:
-            raise ExecStartError(
-                f"{self._label}: user={shown(command.user)} cannot run {name}: "
-                f"{os.strerror(number)}. Name a user that exists inside and that this session may "
-                f"become.",
-                number,
-            )
-        remedy = {
-            errno.E2BIG: "Pass less in arguments and variables, or use stdin or a file.",
-            errno.EAGAIN: "The limit of processes is reached: end some.",
-            errno.ENOMEM: "Memory is short: end some processes, or raise memory_mb.",
-        }.get(number, "Look at what else runs in the session.")
-        raise ExecStartError(
-            f"{self._label}: {name} could not be started: {os.strerror(number)}. {remedy}", number
         )
 
     # -- inside ----------------------------------------------------------------------------------
@@ -434,54 +359,6 @@ class SessionCore:
     def _give_up(self, upload_id: str) -> None:
         task = asyncio.get_running_loop().create_task(self.upload_abort(upload_id))
         self._abandoning = task  # a task that nobody holds may be collected
-
-
-class _Timeout:
-    """Kills a process after a time, whether or not its output is being taken."""
-
-    def __init__(self) -> None:
-        self.expired = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._killing: asyncio.Task[None] | None = None
-
-    def start(self, process: Process, timeout_s: float) -> None:
-        loop = asyncio.get_running_loop()
-
-        def expire() -> None:
-            self.expired = True
-            self._killing = loop.create_task(process.kill(KILL_GRACE_S))
-
-        self._timer = loop.call_later(timeout_s, expire)
-
-    def cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    async def end(self) -> None:
-        """Stop the clock; if it had run out, wait until nothing is alive."""
-        self.cancel()
-        if self._killing is not None:
-            await self._killing
-
-
-class _Kept:
-    """Output up to a limit; what comes beyond it is dropped."""
-
-    def __init__(self, limit: int) -> None:
-        self._pieces: list[bytes] = []
-        self._left = limit
-        self.truncated = False
-
-    def add(self, data: bytes) -> None:
-        if len(data) > self._left:
-            self.truncated = True
-            data = data[: self._left]
-        if data:
-            self._left -= len(data)
-            self._pieces.append(data)
-
-    def join(self) -> bytes:
-        return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
 
 
 def _join(cwd: bytes, path: bytes) -> bytes:

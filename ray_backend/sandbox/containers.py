@@ -21,8 +21,9 @@ from apothic.errors import (
 )
 from apothic.volume import StorageMount
 from ray_backend.sandbox.agent.binaries import agent_binary
+from ray_backend.sandbox.agent_links import AgentLink, DirectLink
 from ray_backend.sandbox.engine.agent_volume import AGENT_FILE, ensure_agent
-from ray_backend.sandbox.engine.attach import STDOUT, AttachedStream
+from ray_backend.sandbox.engine.attach import AttachedStream
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.container import (
     AGENT_DIRECTORY,
@@ -69,7 +70,6 @@ DIE_ON_EOF = "--die-on-eof"
 DISK_LOOK_S = 5.0
 """Seconds between two looks at what a container has written, where the engine cannot limit it."""
 
-_TOLD_BYTES = 2000
 _SPEAKER = "ray_backend.sandbox.agent_workspace"
 
 
@@ -99,71 +99,6 @@ class NodeSurroundings:
 def gpu_ids_of(assigned: Sequence[object]) -> tuple[str, ...]:
     """Give an engine's names for the GPUs that Ray assigned: indices or UUIDs, exactly these."""
     return tuple(str(one) for one in assigned)
-
-
-class AgentLink:
-    """An attached stream as a channel takes it; what the agent complains of is kept for messages."""
-
-    def __init__(self, stream: AttachedStream) -> None:
-        """Use an open stream."""
-        self._stream = stream
-        self.complaints = b""
-
-    async def read(self) -> bytes:
-        """Give the next bytes of the agent's stdout; nothing at the end."""
-        while (piece := await self._stream.read()) is not None:
-            if piece[0] == STDOUT:
-                return piece[1]
-            self.complaints = (self.complaints + piece[1])[-_TOLD_BYTES:]
-        return b""
-
-    def write(self, data: bytes) -> None:
-        """Send bytes to its stdin."""
-        self._stream.write(data)
-
-    async def drain(self) -> None:
-        """Wait until more can be sent."""
-        await self._stream.drain()
-
-    def abort(self) -> None:
-        """Drop the connection."""
-        self._stream.abort()
-
-
-class DirectLink(AgentLink):
-    """A link to the agent itself; it ends with the container's stream, which says what went wrong."""
-
-    def __init__(self, stream: AttachedStream, direct: LinkStream) -> None:
-        """Use both."""
-        super().__init__(stream)
-        self._direct = direct
-        self._listening = asyncio.create_task(self._listen())
-
-    async def _listen(self) -> None:
-        try:
-            with contextlib.suppress(SandboxEngineError):
-                while await super().read():
-                    pass  # nothing: the agent speaks on the link
-        finally:
-            self._direct.abort()
-
-    async def read(self) -> bytes:
-        """Give the agent's next bytes."""
-        return await self._direct.read()
-
-    def write(self, data: bytes) -> None:
-        """Send bytes to it."""
-        self._direct.write(data)
-
-    async def drain(self) -> None:
-        """Wait until more can be sent."""
-        await self._direct.drain()
-
-    def abort(self) -> None:
-        """Drop both connections."""
-        self._listening.cancel()
-        self._direct.abort()
-        super().abort()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ray_backend.sandbox.agent.constants import (
 from ray_backend.sandbox.channel import (
     AgentChannel,
     AgentProcess,
+    ByteSink,
 )
 
 ENV = {b"PATH": b"/usr/local/bin:/usr/bin:/bin"}
@@ -36,6 +37,7 @@ class PipeLink:
         self._writer = writer
         self._incoming = incoming
         self.failure: Exception | None = None
+        self._listening: asyncio.Task[None] | None = None
 
     @classmethod
     async def over(cls, from_agent: IO[bytes], to_agent: IO[bytes]) -> PipeLink:
@@ -48,11 +50,16 @@ class PipeLink:
         )
         return cls(reader, asyncio.StreamWriter(outgoing, writing, None, loop), incoming)
 
-    async def read(self) -> bytes:
-        data = await self._reader.read(1 << 18)
-        if self.failure is not None:
-            raise self.failure
-        return data
+    def listen(self, sink: ByteSink) -> None:
+        self._listening = asyncio.create_task(self._listen(sink))
+
+    async def _listen(self, sink: ByteSink) -> None:
+        try:
+            while data := await self._reader.read(1 << 18):
+                sink.received(data)
+        except Exception as error:
+            self.failure = error
+        sink.ended(self.failure)
 
     def write(self, data: bytes) -> None:
         self._writer.write(data)

@@ -79,8 +79,9 @@ def programs(seconds: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("grace_ms", [0, 300])
 @pytest.mark.parametrize("row", programs("1"))
 def test_nothing_is_alive_afterwards(any_agent: Agent, row: str, grace_ms: int):
-    seconds = str(100_000 + os.getpid())
-    stream = any_agent.start(programs(seconds)[row], env={b"ROW": b"1"}, credit=1 << 30)
+    seconds = str(100_000 + os.getpid())  # of this run of the suite alone, whatever runs beside it
+    mark = f"ROW={seconds}"
+    stream = any_agent.start(programs(seconds)[row], env={b"ROW": seconds.encode()}, credit=1 << 30)
     assert any_agent.line(stream).startswith(b"ready\n")
 
     def sleepers() -> list[str]:
@@ -92,7 +93,7 @@ def test_nothing_is_alive_afterwards(any_agent: Agent, row: str, grace_ms: int):
 
     if row == "stopped":
         wait_until(
-            lambda: [state(pid) for pid in marked("ROW=1\0")] == ["T", "T"], "both have stopped"
+            lambda: [state(pid) for pid in marked(f"{mark}\0")] == ["T", "T"], "both have stopped"
         )
     else:
         wait_until(lambda: bool(sleepers()), "the program has begun")
@@ -100,7 +101,7 @@ def test_nothing_is_alive_afterwards(any_agent: Agent, row: str, grace_ms: int):
     ended = any_agent.finish(stream).exit
     any_agent.kill(stream)
     assert sleepers() == []
-    assert list(marked("ROW=1\0")) == []
+    assert list(marked(f"{mark}\0")) == []
     assert not ended.lost
     if not grace_ms:
         assert ended.signal == signal.SIGKILL

@@ -133,6 +133,6 @@ def test_requests_around_the_size_that_is_handed_over(agent: Agent, more: int):
 def test_what_cannot_start_is_told_by_it_as_well(agent: Agent):
     agent.run(["true"])
     for _ in range(3):
-        assert agent.run(["/no/such/program"]).failed
-        assert agent.run(["true"], cwd=b"/no/such/place").failed
+        assert agent.run(["/no/such/program"]).failed is not None
+        assert agent.run(["true"], cwd=b"/no/such/place").failed is not None
         assert agent.run(["true"]).exit.status == 0

@@ -1,6 +1,6 @@
 /* What the parts of the agent share: the tables, the output buffer, and who serves what.
-   agent.c has the loop, the gate and the clients, streams.c the table, exec.c the execs and their
-   keepers, transfer.c the files, hosts.c the name of this machine. */
+   agent.c has the loop, the gate and the clients, streams.c the table, exec.c the execs, keepers.c
+   who keeps them, transfer.c the files, hosts.c the name of this machine. */
 #ifndef APOTHIC_AGENT_H
 #define APOTHIC_AGENT_H
 
@@ -74,6 +74,7 @@ bool room_for_control(void);
 bool room_for_contents(void);
 void send_empty(uint8_t type, uint32_t stream);
 void send_error(uint32_t stream, int error, uint8_t stage);
+void send_killed(uint32_t exec, uint32_t kills);
 void send_stat(uint8_t type, uint32_t stream, const struct stat *st, const char *link,
                size_t link_length);
 /* Let the client send as much more as has been used up, once that is worth a frame. */
@@ -93,6 +94,20 @@ void exec_signal(const struct frame *frame);
 void exec_drop(struct stream *s);
 void exec_pump(struct stream *s);
 void exec_poll(struct stream *s);
+void exec_started(struct stream *s, int32_t pid);
+void exec_failed(struct stream *s, const struct keeper_message *why);
+void exec_ended(struct stream *s, const struct keeper_message *end, uint8_t flags);
+
+/* keepers.c */
+/* Have an exec started, by the keeper that rests or by a new one; gives 0 or errno. `request` is what
+   `r` was decoded from. The ends stay the caller's. */
+int keeper_take(struct keeper **taken, uint32_t exec, const struct exec_request *r,
+                uint8_t *request, size_t length, struct keeper_ends *ends);
+/* A keeper to which the end of its exec leaves nothing hears none of these. */
+void keeper_tell(struct keeper *k, enum keeper_verb verb, int32_t number);
+void keeper_kill(struct keeper *k, uint32_t grace_ms);
+/* Kill what an exec left, ended or not, and answer once it is dead; gives false if nothing is. */
+bool keepers_kill(uint32_t exec, uint32_t grace_ms);
 /* All execs that have ended stay as they are, but cannot be asked for by id any more. */
 void keepers_forget(void);
 void keepers_poll(void);

@@ -25,6 +25,7 @@ SOURCES = (
     "agent.c",
     "streams.c",
     "exec.c",
+    "keepers.c",
     "transfer.c",
     "hosts.c",
     "files.c",

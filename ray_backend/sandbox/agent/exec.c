@@ -1,103 +1,28 @@
-/* Execs: their streams, their keepers, and the bytes between. */
+/* Execs: their streams, and the bytes between the client and the program. */
 #include "agent.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "tree.h"
+#define DROPPED_GRACE_MS 1000 /* execs whose client was replaced */
 
-#define DROPPED_GRACE_MS 1000   /* execs whose client was replaced */
-#define KEEPER_PATIENCE_MS 3000 /* on top of a kill's grace, before its keeper is taken for stuck */
-#define ORPHAN_RECHECK_MS 5
-#define STRIKES 64
-
-struct keeper {
-    pid_t pid;
-    int socket;
-    size_t slot;    /* where it was polled */
-    uint32_t exec;  /* the stream id by which it may be killed; 0: its client is gone */
-    bool in_use, ended, gone, waits, dead; /* waits: for another exec, or the end of its socket */
-    uint32_t kills; /* asked for and not answered */
-    uint64_t patience_ns; /* 0: none */
-};
-
-static struct keeper keepers[KEEPERS_MAX];
-static size_t keepers_used; /* slots beyond are free */
-static struct keeper *resting; /* has nothing to do, and is handed the next exec; NULL: none */
-static uint64_t orphans_recheck_ns;
-static int orphan_rounds; /* walks still to be made that find no orphan */
-
-/* ---- keepers ---- */
-
-static struct keeper *keeper_new(void) {
-    for (size_t i = 0; i < KEEPERS_MAX; i++) {
-        if (keepers[i].in_use)
-            continue;
-        keepers[i] = (struct keeper){.in_use = true, .socket = -1, .slot = NO_SLOT};
-        if (i >= keepers_used)
-            keepers_used = i + 1;
-        return &keepers[i];
-    }
-    return NULL;
+void exec_started(struct stream *s, int32_t pid) {
+    s->started = true;
+    s->pid = pid;
 }
 
-static void keeper_free(struct keeper *k) {
-    close_fd(&k->socket);
-    if (resting == k)
-        resting = NULL;
-    k->in_use = false;
-    while (keepers_used > 0 && !keepers[keepers_used - 1].in_use)
-        keepers_used--;
+void exec_failed(struct stream *s, const struct keeper_message *why) {
+    send_error(s->id, why->number, (uint8_t)why->stage);
+    stream_free(s);
 }
 
-static bool is_keeper(pid_t pid) {
-    for (size_t i = 0; i < keepers_used; i++)
-        if (keepers[i].in_use && !keepers[i].dead && keepers[i].pid == pid)
-            return true;
-    return false;
-}
-
-static struct stream *stream_of(const struct keeper *k) {
-    for (size_t i = 0; i < streams_used; i++)
-        if (streams[i].kind == EXEC && streams[i].keeper == k)
-            return &streams[i];
-    return NULL;
-}
-
-static void keeper_tell(struct keeper *k, enum keeper_verb verb, int32_t number) {
-    struct keeper_message message = {.verb = verb, .number = number};
-    if (k->dead || k->gone)
-        return;
-    if (verb == KEEPER_KILL)
-        kill(k->pid, SIGCONT); /* code of the same user may have stopped it */
-    if (send(k->socket, &message, sizeof message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
-        /* it is ending, or stopped and flooded: patience_ns is for that */
-    }
-}
-
-static void keeper_kill(struct keeper *k, uint32_t grace_ms) {
-    if (grace_ms > INT32_MAX)
-        grace_ms = INT32_MAX;
-    uint64_t patience = now_ns() + ((uint64_t)grace_ms + KEEPER_PATIENCE_MS) * 1000000u;
-    if (k->patience_ns == 0 || patience < k->patience_ns)
-        k->patience_ns = patience;
-    if (k->waits) { /* nothing is left to kill */
-        k->waits = false;
-        close_fd(&k->socket);
-    }
-    keeper_tell(k, KEEPER_KILL, (int32_t)grace_ms);
-}
-
-static void exec_ended(struct stream *s, const struct keeper_message *end, uint8_t flags) {
+void exec_ended(struct stream *s, const struct keeper_message *end, uint8_t flags) {
     s->ended = true;
     s->end = *end;
     s->end_flags = flags | (oom_kills() > s->oom_kills ? EXIT_OUT_OF_MEMORY : 0);
@@ -107,159 +32,6 @@ static void exec_ended(struct stream *s, const struct keeper_message *end, uint8
             waiting = 0;
         s->out[i].due = waiting > 0 ? (uint64_t)waiting : 0;
     }
-}
-
-static void keeper_says(struct keeper *k, const struct keeper_message *message) {
-    struct stream *s = stream_of(k);
-    switch (message->verb) {
-    case KEEPER_STARTED:
-        if (s != NULL) {
-            s->started = true;
-            s->pid = message->number;
-        }
-        break;
-    case KEEPER_FAILED:
-        k->ended = k->gone = true;
-        if (s != NULL) {
-            send_error(s->id, message->number, (uint8_t)message->stage);
-            stream_free(s);
-        }
-        break;
-    case KEEPER_ENDED:
-        k->ended = true;
-        k->gone = k->waits = !message->left;
-        if (s != NULL)
-            exec_ended(s, message, 0);
-        break;
-    case KEEPER_GONE:
-        k->gone = true;
-        break;
-    default:
-        break;
-    }
-}
-
-static void keeper_listen(struct keeper *k) {
-    struct keeper_message message;
-    while (room_for_control() &&
-           recv(k->socket, &message, sizeof message, MSG_DONTWAIT) == sizeof message)
-        keeper_says(k, &message);
-}
-
-static void send_killed(uint32_t exec, uint32_t kills) {
-    put_u32(frame_open(&out), kills);
-    frame_close(&out, FRAME_KILLED, exec, 4);
-}
-
-/* Keep one that has nothing more to do for the next exec, and let the others end. */
-static void keeper_rest(struct keeper *k) {
-    if (resting != NULL || k->kills > 0 || k->patience_ns != 0) {
-        k->waits = false;
-        close_fd(&k->socket);
-        return;
-    }
-    resting = k;
-    k->exec = 0;
-}
-
-/* Finish with a keeper that has died, and answer who asked for the kill. */
-static void keeper_settle(struct keeper *k) {
-    struct stream *s;
-    keeper_listen(k);
-    if (!room_for_control())
-        return;
-    if (!k->ended) {
-        struct keeper_message lost = {.verb = KEEPER_ENDED, .number = SIGKILL};
-        k->ended = true;
-        if ((s = stream_of(k)) != NULL) {
-            s->started = true; /* for all that is known */
-            exec_ended(s, &lost, EXIT_LOST);
-        }
-    }
-    if (stream_of(k) != NULL)
-        return; /* its output first */
-    if (!k->gone && orphan_rounds > 0)
-        return; /* whom it kept are still being killed */
-    if (k->kills > 0 && k->exec != 0)
-        send_killed(k->exec, k->kills);
-    keeper_free(k);
-}
-
-void keepers_settle(void) {
-    for (size_t i = keepers_used; i-- > 0;) {
-        struct keeper *k = &keepers[i];
-        if (k->in_use && k->dead)
-            keeper_settle(k);
-        else if (k->in_use && k->waits && k != resting && stream_of(k) == NULL)
-            keeper_rest(k);
-    }
-}
-
-void keepers_reap(void) {
-    int status;
-    pid_t pid;
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
-        for (size_t i = 0; i < keepers_used; i++) {
-            struct keeper *k = &keepers[i];
-            if (!k->in_use || k->dead || k->pid != pid)
-                continue;
-            k->dead = true;
-            /* Killed by code of its user, or by us for being stuck: whom it kept are ours now. */
-            if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
-                orphan_rounds = 2;
-                orphans_recheck_ns = 1;
-            }
-        }
-}
-
-/* Kill whoever became our child because a keeper was killed. Two walks in a row must find nobody:
-   a process may be adopted just behind the first one's back. */
-static void kill_orphans(uint64_t now) {
-    if (orphans_recheck_ns == 0 || now < orphans_recheck_ns)
-        return;
-    for (int i = 0; i < STRIKES; i++) {
-        tree_strike(is_keeper);
-        keepers_reap();
-    }
-    orphan_rounds = tree_kill(is_keeper) > 0 ? 2 : orphan_rounds - 1;
-    orphans_recheck_ns = orphan_rounds > 0 ? now + ORPHAN_RECHECK_MS * 1000000u : 0;
-}
-
-void keepers_tend(void) {
-    uint64_t now = now_ns();
-    for (size_t i = 0; i < keepers_used; i++) {
-        struct keeper *k = &keepers[i];
-        if (!k->in_use)
-            continue;
-        if (k->dead || poll_ready(k->slot))
-            keeper_listen(k);
-        if (!k->dead && k->patience_ns != 0 && now >= k->patience_ns) {
-            k->patience_ns = 0;
-            kill(k->pid, SIGKILL);
-        }
-    }
-    kill_orphans(now);
-}
-
-void keepers_poll(void) {
-    bool answerable = room_for_control();
-    for (size_t i = 0; i < keepers_used; i++) {
-        struct keeper *k = &keepers[i];
-        k->slot = NO_SLOT;
-        if (!k->in_use || k->dead)
-            continue;
-        if (answerable && !k->gone)
-            k->slot = poll_add(k->socket, POLLIN);
-        if (k->patience_ns != 0)
-            wake_at(k->patience_ns);
-    }
-    if (orphans_recheck_ns != 0)
-        wake_at(orphans_recheck_ns);
-}
-
-void keepers_forget(void) {
-    for (size_t i = 0; i < keepers_used; i++)
-        keepers[i].exec = 0;
 }
 
 /* ---- starting ---- */
@@ -302,38 +74,6 @@ static int make_ring(struct input *input) {
     return 0;
 }
 
-/* Hand an exec to the keeper that rests, where there is one and it still can. */
-static struct keeper *keeper_reuse(const void *request, size_t length, const struct plumbing *p) {
-    struct keeper *k = resting;
-    if (k == NULL)
-        return NULL;
-    resting = NULL;
-    if (!k->dead) {
-        kill(k->pid, SIGCONT); /* code of the same user may have stopped it */
-        if (keeper_next(k->socket, request, length, &p->theirs)) {
-            *k = (struct keeper){
-                .pid = k->pid, .socket = k->socket, .slot = NO_SLOT, .in_use = true};
-            return k;
-        }
-    }
-    return NULL; /* it ends, or rests again */
-}
-
-static int keeper_fork(struct keeper *k, const struct exec_request *r, void *memory,
-                       struct plumbing *p) {
-    int pair[2];
-    if (k == NULL)
-        return EAGAIN;
-    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) != 0)
-        return errno;
-    k->socket = pair[0];
-    p->theirs.socket = pair[1];
-    k->pid = keeper_start(r, memory, &p->theirs, &origin);
-    int error = k->pid < 0 ? errno : 0;
-    close(pair[1]);
-    return error;
-}
-
 void exec_start(const struct frame *frame, uint8_t *request) {
     struct exec_request r;
     struct plumbing p;
@@ -343,7 +83,6 @@ void exec_start(const struct frame *frame, uint8_t *request) {
     }
     bool with_input = (r.flags & EXEC_STDIN) != 0;
     struct stream *s = stream_new(EXEC, frame->stream);
-    struct keeper *k = NULL;
     int error = plumb(&p, with_input);
     if (s == NULL)
         error = EAGAIN;
@@ -351,16 +90,12 @@ void exec_start(const struct frame *frame, uint8_t *request) {
         error = make_ring(&s->in);
     if (error == 0) {
         s->oom_kills = oom_kills();
-        k = keeper_reuse(request, frame->length, &p);
-        if (k == NULL)
-            error = keeper_fork(k = keeper_new(), &r, request, &p);
+        error = keeper_take(&s->keeper, frame->stream, &r, request, frame->length, &p.theirs);
     }
     close_fd(&p.theirs.input);
     close_fd(&p.theirs.write[0]);
     close_fd(&p.theirs.write[1]);
     if (error == 0) {
-        k->exec = frame->stream;
-        s->keeper = k;
         s->in.fd = p.input;
         s->started = s->start_told = !(r.flags & EXEC_TELL_START);
         for (int i = 0; i < 2; i++)
@@ -371,8 +106,6 @@ void exec_start(const struct frame *frame, uint8_t *request) {
     close_fd(&p.input);
     close_fd(&p.ours[0]);
     close_fd(&p.ours[1]);
-    if (k != NULL)
-        keeper_free(k);
     if (s != NULL)
         stream_free(s);
 }
@@ -522,13 +255,8 @@ void exec_kill(const struct frame *frame) {
         close_fd(&s->out[0].fd);
         close_fd(&s->out[1].fd);
     }
-    for (size_t i = 0; i < keepers_used; i++)
-        if (keepers[i].in_use && keepers[i].exec == frame->stream) {
-            keepers[i].kills++;
-            keeper_kill(&keepers[i], grace_ms);
-            return;
-        }
-    send_killed(frame->stream, 1); /* nothing of it is left */
+    if (!keepers_kill(frame->stream, grace_ms))
+        send_killed(frame->stream, 1); /* nothing of it is left */
 }
 
 void exec_signal(const struct frame *frame) {

@@ -29,6 +29,11 @@ void send_error(uint32_t stream, int error, uint8_t stage) {
     frame_close(&out, FRAME_ERROR, stream, 5);
 }
 
+void send_killed(uint32_t exec, uint32_t kills) {
+    put_u32(frame_open(&out), kills);
+    frame_close(&out, FRAME_KILLED, exec, 4);
+}
+
 void send_stat(uint8_t type, uint32_t stream, const struct stat *st, const char *link,
                size_t link_length) {
     put_bytes(put_stat(frame_open(&out), st), link, link_length);

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ray_backend.sandbox.channel.channel import AgentChannel
 from ray_backend.sandbox.channel.errors import AgentRequestError, ChannelClosedError
-from ray_backend.sandbox.channel.link import ByteLink
+from ray_backend.sandbox.channel.link import ByteLink, ByteSink
 from ray_backend.sandbox.channel.operations import AgentProcess, AgentReader, AgentWriter
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "AgentRequestError",
     "AgentWriter",
     "ByteLink",
+    "ByteSink",
     "ChannelClosedError",
 ]

@@ -75,7 +75,7 @@ class AgentChannel:
         self._welcome: asyncio.Future[Welcome] = loop.create_future()
         self._end: tuple[str, BaseException | None] | None = None
         self._ended = asyncio.Event()
-        self._reading: asyncio.Task[None] | None = None
+        self._link_over = asyncio.Event()
 
     @classmethod
     async def open(
@@ -94,7 +94,7 @@ class AgentChannel:
                 bytes, or of the error of the link.
         """
         channel = cls(link)
-        channel._reading = asyncio.create_task(channel._read())
+        link.listen(channel)
         try:
             channel.send(channel.connection.hello(os.urandom(16), resync=resync))
             # Not wait_for: it would hide that the channel ended at the same time.
@@ -126,9 +126,7 @@ class AgentChannel:
     async def close(self) -> None:
         """End the channel; idempotent. An agent that dies with its stdin then kills everything."""
         self._stop(_CLOSED, None)
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.wait({self._reading})
+        await self._link_over.wait()
 
     # -- programs --------------------------------------------------------------------------------
 
@@ -163,9 +161,9 @@ class AgentChannel:
             stdout_credit=window,
             stderr_credit=window,
         )
-        process = AgentProcess(self, stream, window, stdin=stdin)
-        self._operations[stream] = process
         self.send(data)
+        # Behind the request, which is on its way meanwhile; answers come in a later turn of the loop.
+        process = self._operations[stream] = AgentProcess(self, stream, window, stdin=stdin)
         try:
             await self.drain()
         except asyncio.CancelledError:
@@ -315,6 +313,32 @@ class AgentChannel:
         late = TimeoutError(f"no answer to a request in {operations.ANSWER_LIMIT_S:g} s")
         self._stop("the sandbox agent is silent", late)
 
+    # -- what its link calls ---------------------------------------------------------------------
+
+    def received(self, data: bytes | memoryview) -> None:
+        """Take what came; for the link."""
+        if self._end is not None:
+            return
+        try:
+            try:
+                events = self.connection.receive(data)
+            except ProtocolError as error:
+                self._dispatch(error.events)
+                raise
+            self._dispatch(events)
+        except ProtocolError as error:
+            self._stop("what came from the sandbox agent is malformed", error)
+        except Exception as error:
+            self._stop("the connection to the sandbox agent broke", error)
+
+    def ended(self, error: Exception | None) -> None:
+        """Take the end; for the link."""
+        if error is None:
+            self._stop("the sandbox agent has ended", None)
+        else:
+            self._stop("the connection to the sandbox agent broke", error)
+        self._link_over.set()
+
     # -- inside ----------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
@@ -364,24 +388,6 @@ class AgentChannel:
             self._stop("what came from the sandbox agent is malformed", error)
             raise self._closed_error()
         return whole
-
-    async def _read(self) -> None:
-        """Take what comes until the end, of whatever kind."""
-        try:
-            while data := await self._link.read():
-                try:
-                    events = self.connection.receive(data)
-                except ProtocolError as error:
-                    self._dispatch(error.events)
-                    raise
-                self._dispatch(events)
-            self._stop("the sandbox agent has ended", None)
-        except ProtocolError as error:
-            self._stop("what came from the sandbox agent is malformed", error)
-        except Exception as error:
-            self._stop("the connection to the sandbox agent broke", error)
-        finally:
-            self._stop(_CLOSED, None)
 
     def _dispatch(self, events: Sequence[Event]) -> None:
         for event in events:

@@ -16,15 +16,17 @@ import os
 import shutil
 import socket
 import tempfile
-from collections import deque
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from typing_extensions import override
 
 from apothic.errors import SandboxEngineError
 from ray_backend.sandbox.engine.attach import AttachedStream
 from ray_backend.sandbox.engine.connection import Engine
+
+if TYPE_CHECKING:
+    from ray_backend.sandbox.channel import ByteSink
 
 __all__ = ["LinkOffer", "LinkStream"]
 
@@ -33,7 +35,9 @@ ACCEPT_S = 60.0
 
 _PREFIX = "apothic-link-"
 _SOCKET = "s"
-_PAUSE_ABOVE_BYTES = 2 * 1024**2
+_READ_BYTES = 256 * 1024
+_EARLY_BYTES = 64 * 1024
+"""An agent says nothing before it is greeted; what sends more is none."""
 
 
 class LinkOffer:
@@ -107,37 +111,28 @@ class LinkOffer:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-class LinkStream(asyncio.Protocol):
+class LinkStream(asyncio.BufferedProtocol):
     """The connection, as a channel takes it (`ray_backend.sandbox.channel.ByteLink`)."""
 
     def __init__(self) -> None:
         """Prepare; the event loop connects."""
         self._transport: asyncio.Transport | None = None
-        self._pieces: deque[bytes] = deque()
-        self._buffered_bytes = 0
-        self._paused = False
-        self._ended = False
-        self._reader: asyncio.Future[None] | None = None
+        self._buffer = memoryview(bytearray(_READ_BYTES))  # pages that nothing reaches cost nothing
+        self._early = b""
+        self._sink: ByteSink | None = None
+        self._over = False
+        self._error: Exception | None = None
         self._writable = asyncio.Event()
         self._writable.set()
 
-    async def read(self) -> bytes:
-        """Give the next that has come; nothing at the end."""
-        while not self._pieces:
-            if self._ended:
-                return b""
-            self._reader = asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
-        piece = self._pieces.popleft()
-        self._buffered_bytes -= len(piece)
-        if self._paused and self._buffered_bytes < _PAUSE_ABOVE_BYTES // 2:
-            self._paused = False
-            if self._transport is not None:
-                self._transport.resume_reading()
-        return piece
+    def listen(self, sink: ByteSink) -> None:
+        """Give what comes, and what has come, to ``sink``."""
+        self._sink = sink
+        if self._early:
+            early, self._early = self._early, b""
+            sink.received(early)
+        if self._over:
+            sink.ended(self._error)
 
     def write(self, data: bytes) -> None:
         """Send.
@@ -154,7 +149,7 @@ class LinkStream(asyncio.Protocol):
         await self._writable.wait()
 
     def abort(self) -> None:
-        """Drop the connection; a `read` that waits ends."""
+        """Drop the connection; the end comes soon."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -165,21 +160,26 @@ class LinkStream(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's only look like one
 
     @override
-    def data_received(self, data: bytes) -> None:
-        self._pieces.append(data)
-        self._buffered_bytes += len(data)
-        if self._buffered_bytes > _PAUSE_ABOVE_BYTES and not self._paused:
-            self._paused = True
-            assert self._transport is not None
-            self._transport.pause_reading()
-        self._wake()
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    @override
+    def buffer_updated(self, nbytes: int) -> None:
+        data = self._buffer[:nbytes]
+        if self._sink is not None:
+            self._sink.received(data)
+            return
+        self._early += data
+        if len(self._early) > _EARLY_BYTES:
+            self.abort()
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._ended = True
+        self._over, self._error = True, exc
         self._writable.set()
-        self._wake()
+        if self._sink is not None:
+            self._sink.ended(exc)
 
     @override
     def pause_writing(self) -> None:
@@ -188,10 +188,6 @@ class LinkStream(asyncio.Protocol):
     @override
     def resume_writing(self) -> None:
         self._writable.set()
-
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
 
 
 def _remove_abandoned() -> None:

@@ -44,6 +44,8 @@ _HELLO = struct.Struct(f"<H{NONCE_BYTES}s")
 _WELCOME_START = MAGIC + HEADER.pack(replies.WELCOME.size, 0, FrameType.WELCOME)
 _RESYNC_PADDING = bytes(FRAME_HEADER_BYTES + FRAME_BODY_MAX + FRAME_TRAILER_BYTES)
 _STREAM_MAX = 2**32 - 1
+# Plain numbers: what enums do with theirs shows in the time of an exec.
+_STDIN, _TELL_START = int(ExecFlag.STDIN), int(ExecFlag.TELL_START)
 
 
 class _State(enum.Enum):
@@ -139,8 +141,7 @@ class AgentConnection:
             ValueError: a string holds a NUL, a name of ``env`` is empty or holds ``=``, ``argv``
                 is empty, ``cwd`` relative, or all of it longer than 8 MiB.
         """
-        flags = ExecFlag.STDIN if stdin else ExecFlag(0)
-        flags |= ExecFlag.TELL_START if tell_start else ExecFlag(0)
+        flags = (_STDIN if stdin else 0) | (_TELL_START if tell_start else 0)
         body = requests.exec_body(flags, (stdout_credit, stderr_credit), cwd, user, argv, env)
         credit = {Channel.STDOUT: stdout_credit, Channel.STDERR: stderr_credit}
         opened = self._open(FrameType.EXEC, body, StreamKind.EXEC, credit, takes_input=stdin)

@@ -79,8 +79,10 @@ class FrameReader:
 
 def encode_request(kind: FrameType, stream: int, body: bytes) -> bytes:
     """Give a request of any length: one frame, or parts and then the frame of its kind."""
+    if len(body) <= FRAME_BODY_MAX:
+        return encode_frame(kind, stream, body)
     view = memoryview(body)
-    starts = range(0, max(1, len(body)), FRAME_BODY_MAX)
+    starts = range(0, len(body), FRAME_BODY_MAX)
     kinds = [FrameType.PART] * (len(starts) - 1) + [kind]
     return b"".join(
         encode_frame(part, stream, view[at : at + FRAME_BODY_MAX])

@@ -12,7 +12,6 @@ from ray_backend.sandbox.agent.constants import (
     LENGTH_UNKNOWN,
     PATH_MAX_BYTES,
     Channel,
-    ExecFlag,
     KillFlag,
     MkdirFlag,
     RemoveFlag,
@@ -34,14 +33,14 @@ _OFFSET_MAX = 2**63 - 1
 
 
 def exec_body(
-    flags: ExecFlag,
+    flags: int,
     credit: tuple[int, int],
     cwd: bytes,
     user: bytes,
     argv: Sequence[bytes],
     env: Mapping[bytes, bytes],
 ) -> bytes:
-    """Give the body of EXEC."""
+    """Give the body of EXEC; ``flags`` are of `ExecFlag`."""
     if not argv:
         raise ValueError("argv needs at least the program")
     if not cwd.startswith(b"/"):
