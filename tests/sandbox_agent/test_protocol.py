@@ -150,14 +150,20 @@ def test_nothing_can_be_asked_before_the_welcome():
     connection = AgentConnection()
     with pytest.raises(RuntimeError, match="has not answered"):
         connection.stat(b"/")
-    with pytest.raises(ProtocolError, match="before the hello"):
-        connection.receive(b"x")
-    connection = AgentConnection()
     connection.hello(NONCE)
     with pytest.raises(RuntimeError, match="once"):
         connection.hello(NONCE)
     with pytest.raises(ValueError, match="16 bytes"):
         AgentConnection().hello(b"short")
+
+
+def test_what_another_client_left_is_skipped_before_the_hello_and_after_it():
+    connection = AgentConnection()
+    assert connection.receive(b"the end of what another client asked for") == []
+    connection.hello(NONCE, resync=True)
+    assert connection.receive(b"more of it") == []
+    assert [type(event) for event in connection.receive(welcome())] == [Welcome]
+    assert connection.ready
 
 
 # What we send.

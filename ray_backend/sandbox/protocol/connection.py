@@ -340,6 +340,9 @@ class AgentConnection:
     def receive(self, data: bytes | bytearray | memoryview) -> list[Event]:
         """Give what the agent's bytes say.
 
+        What comes before the hello is not for this client: with an agent that another one left, it
+        is the end of what that one asked for. So it is skipped, like what comes before the welcome.
+
         Raises:
             ProtocolError: they are not what an agent says; its ``events`` holds what preceded.
         """
@@ -347,8 +350,6 @@ class AgentConnection:
         try:
             if self._state is _State.BROKEN:
                 raise ProtocolError("the connection to the agent is broken")
-            if self._state is _State.NEW:
-                raise ProtocolError("the agent spoke before the hello")
             if self._state is _State.GREETING:
                 data = self._greet(data, events)
             if self._state is _State.READY:
