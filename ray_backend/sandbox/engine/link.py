@@ -36,8 +36,6 @@ ACCEPT_S = 60.0
 _PREFIX = "apothic-link-"
 _SOCKET = "s"
 _READ_BYTES = 256 * 1024
-_EARLY_BYTES = 64 * 1024
-"""An agent says nothing before it is greeted; what sends more is none."""
 
 
 class LinkOffer:
@@ -118,7 +116,6 @@ class LinkStream(asyncio.BufferedProtocol):
         """Prepare; the event loop connects."""
         self._transport: asyncio.Transport | None = None
         self._buffer = memoryview(bytearray(_READ_BYTES))  # pages that nothing reaches cost nothing
-        self._early = b""
         self._sink: ByteSink | None = None
         self._over = False
         self._error: Exception | None = None
@@ -126,11 +123,8 @@ class LinkStream(asyncio.BufferedProtocol):
         self._writable.set()
 
     def listen(self, sink: ByteSink) -> None:
-        """Give what comes, and what has come, to ``sink``."""
+        """Give what comes to ``sink``; what has come is dropped: an agent says nothing ungreeted."""
         self._sink = sink
-        if self._early:
-            early, self._early = self._early, b""
-            sink.received(early)
         if self._over:
             sink.ended(self._error)
 
@@ -165,13 +159,8 @@ class LinkStream(asyncio.BufferedProtocol):
 
     @override
     def buffer_updated(self, nbytes: int) -> None:
-        data = self._buffer[:nbytes]
         if self._sink is not None:
-            self._sink.received(data)
-            return
-        self._early += data
-        if len(self._early) > _EARLY_BYTES:
-            self.abort()
+            self._sink.received(self._buffer[:nbytes])
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
