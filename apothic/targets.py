@@ -21,6 +21,7 @@ from apothic.errors import (
     InstanceClosedError,
     InstanceLostError,
     PendingTasksExceededError,
+    PlacementError,
 )
 from apothic.values import CloseReport, MethodInfo
 
@@ -116,7 +117,7 @@ class Target:
                     # It was refused, so it did not run. Another process closed a shared replica.
                     if not self._forget(replica):
                         raise
-                except InstanceLostError:
+                except (InstanceLostError, PlacementError):
                     self._forget(replica)
                     raise
 
@@ -155,7 +156,7 @@ class Target:
                 if call in replica.tracked:
                     replica.tracked.remove(call)
                     replica.idle_since = time.monotonic()
-                    if isinstance(error, (InstanceLostError, InstanceClosedError)):
+                    if isinstance(error, (InstanceLostError, InstanceClosedError, PlacementError)):
                         self._forget(replica)
 
     def wait_for_slot(self) -> None:

@@ -6,7 +6,7 @@ import math
 import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from apothic.errors import ConflictError, InvalidOptionError, VolumeNotFoundError
 from apothic.names import check_name
@@ -18,6 +18,8 @@ __all__ = ["StorageMount", "Volume", "mounts_from"]
 
 VolumeBackend = Literal["cloud_bucket", "vast_local"]
 _BACKENDS = ("cloud_bucket", "vast_local")
+HOST_LOCAL: Final = "vast_local"
+"""The backend of volumes that lie on one node."""
 
 
 @dataclass(frozen=True)

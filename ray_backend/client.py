@@ -44,7 +44,7 @@ from ray_backend import ray_api, volumes
 from ray_backend.actors.loading import share_class_identities
 from ray_backend.connection import ensure_connected
 from ray_backend.instances import RayInstance
-from ray_backend.launch import Launched, launch
+from ray_backend.launch import Launched, homes, launch
 from ray_backend.leases import PINNED
 from ray_backend.manager import instance_names
 from ray_backend.manager_link import ManagerLink
@@ -55,6 +55,7 @@ from ray_backend.placement.live import ClusterView, Placeable, explain, offers_t
 from ray_backend.readiness import STOPPING_WAIT_S, wait_ready
 from ray_backend.registry import Registry
 from ray_backend.sandbox.sessions import Sandboxes
+from ray_backend.starting import Starts
 from ray_backend.translate import translate
 
 __all__ = ["RayClient", "connect"]
@@ -103,6 +104,7 @@ class RayClient(ControlPlaneClient):
         self._own_cluster = ray_api.is_own_cluster()
         self.manager = ManagerLink()
         self._leased = False
+        self.starts = Starts(self)
         self.background = ThreadPoolExecutor(8, thread_name_prefix="apothic-ray")
         self.is_proxy = ray_api.is_client_mode()
         if self.holder.startswith("job:"):
@@ -182,7 +184,7 @@ class RayClient(ControlPlaneClient):
 
     def explain_options(self, wanted: Placeable) -> str:
         """Tell where something with these options could run, of a class or of a sandbox."""
-        return explain(self.view(), wanted)
+        return explain(self.view(), wanted, homes(self.registry, wanted.mounts))
 
     def view(self) -> ClusterView:
         """Look at the cluster: its nodes, what is free on them, what the autoscaler could start."""
@@ -191,6 +193,24 @@ class RayClient(ControlPlaneClient):
         else:
             available = ray_api.free_resources()
         return ClusterView(ray_api.live_nodes(), available, self._catalogue.offers())
+
+    def seat(self, actor_id: str) -> ray_api.ActorSeat | None:
+        """Tell where an actor is, or what it waits for."""
+        if self.is_proxy:
+            found: ray_api.ActorSeat | None = self.manager.ask(
+                lambda manager: manager.seat.remote(actor_id)
+            )
+            return found
+        return ray_api.actor_seat(actor_id)
+
+    def seats(self, state: str | None = None) -> list[ray_api.ActorSeat]:
+        """Tell where all actors are, or those in one of Ray's states."""
+        if self.is_proxy:
+            found: list[ray_api.ActorSeat] = self.manager.ask(
+                lambda manager: manager.seats.remote(state)
+            )
+            return found
+        return ray_api.actor_seats(state)
 
     def offers_table(self) -> str:
         """List the kinds of nodes that there are or could be started."""
@@ -251,6 +271,8 @@ class RayClient(ControlPlaneClient):
         instance = RayInstance(self, handle, launched.actor, ready=False)
         instance.request = request
         instance.placement = launched.placement
+        if request.reuse and not request.named:
+            self.starts.watch(instance)  # nobody need wait for what `bind` starts
         return instance
 
     def move(self, instance: RayInstance) -> bool:
@@ -308,6 +330,10 @@ class RayClient(ControlPlaneClient):
             return None
         return find_other_actor(name, actor_id)
 
+    def was_moved(self, actor_id: str) -> bool:
+        """Tell whether an actor was removed so that another takes its instance over."""
+        return self.registry.was_moved(actor_id)
+
     def _lost_its_nodes(self, handle: ClassInstanceHandle, actor_id: str) -> bool:
         if not handle.named or self.is_proxy:
             return False
@@ -316,6 +342,7 @@ class RayClient(ControlPlaneClient):
 
     def wait_ready(self, instance: RayInstance) -> None:
         """Wait for ``enter``; what cannot become ready is removed before the error is raised."""
+        self.starts.forget(instance)
         wait_ready(self, instance)
 
     def died_at_start(self, instance: RayInstance) -> bool:

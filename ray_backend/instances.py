@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import pickle
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -14,7 +16,12 @@ import ray
 from ray import exceptions as rays
 
 from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest
-from apothic.errors import InstanceLostError, SerializationError, UsageError
+from apothic.errors import (
+    InstanceLostError,
+    PlacementError,
+    SerializationError,
+    UsageError,
+)
 from apothic.values import ClassInstanceHandle, CloseReport, InstanceInfo, MethodInfo
 from ray_backend.actors.compile import actor_method_name
 from ray_backend.actors.gate import ACK_EVERY, CONSUMER_KEY
@@ -46,6 +53,8 @@ class RayInstance(InstanceRef):
         self._ready = ready
         self.request: StartRequest | None = None
         self.placement: Placement | None = None  # of an actor that this process made
+        self.may_wait: bool = False  # it may still be moved to where there is room
+        self.failure: PlacementError | None = None  # why it never had room
         self.label = f"{handle.app}.{handle.cls} {handle.instance_id!r}"
         self._submitters: dict[str, Callable[..., Any]] = {}
 
@@ -114,16 +123,23 @@ class RayInstance(InstanceRef):
         kwargs = {**kwargs, CONSUMER_KEY: self._client.holder}
         if timeout_s is not None:
             kwargs[TIMEOUT_KEY] = timeout_s
-        key = f"{method.name}()"
-        submitter = self._submitters.get(key)
-        if submitter is None:
-            actor_method = getattr(self._actor, actor_method_name(method.name))
-            submitter = actor_method.options(num_returns="streaming").remote
-            self._submitters[key] = submitter
+
+        def send() -> Any:
+            return self._stream_submitter(method.name)(*args, **kwargs)
+
         try:
-            return RayStream(self, submitter(*args, **kwargs), timeout_s)
+            return RayStream(self, send(), timeout_s, again=send if self.may_wait else None)
         except (TypeError, pickle.PicklingError, AttributeError) as error:
             raise self._unserializable(method, args, kwargs, error) from error
+
+    def _stream_submitter(self, method: str) -> Callable[..., Any]:
+        key = f"{method}()"
+        found = self._submitters.get(key)
+        if found is None:
+            actor_method = getattr(self._actor, actor_method_name(method))
+            found = actor_method.options(num_returns="streaming").remote
+            self._submitters[key] = found
+        return found
 
     def take_over(self, other: RayInstance) -> None:
         """Go on with another actor of the same name."""
@@ -168,6 +184,10 @@ class RayInstance(InstanceRef):
     ) -> BaseException:
         """Translate what a call raised; ``waited_s`` is what its caller was ready to wait."""
         gone = isinstance(error, (rays.RayActorError, rays.ActorUnschedulableError))
+        if gone and self.failure is not None:
+            return type(self.failure)(
+                *self.failure.args
+            )  # one object raised twice mixes tracebacks
         if gone and not isinstance(error, rays.ActorUnavailableError) and self.follow_successor():
             return InstanceLostError(
                 f"{self.label} lost its node and was made again on another; this call may or may not "
@@ -205,6 +225,19 @@ class RayInstance(InstanceRef):
         self.follow(found, None)
         return True
 
+    def never_ran(self, ref: Any, error: BaseException) -> bool:
+        """Tell whether a call was on its way to an actor that waited for room and was moved.
+
+        Then this goes on with the actor that took over, or has already.
+        """
+        gone = isinstance(error, rays.ActorDiedError)
+        if not gone or self._handle.named or self.failure is not None:
+            return False
+        actor_id = ref.task_id().actor_id().hex()
+        if not self._client.was_moved(actor_id):
+            return False
+        return self._actor._actor_id.hex() != actor_id or self.follow_successor()
+
 
 @dataclass(frozen=True)
 class Submitted:
@@ -219,6 +252,8 @@ class RayCall(CallRef):
     """One call: an ObjectRef, and what it takes to send it again if it never reached the actor."""
 
     __slots__ = ("_args", "_instance", "_kwargs", "_method", "_ref", "_since", "_timeout_s")
+
+    _moving = threading.Lock()
 
     def __init__(
         self,
@@ -236,18 +271,22 @@ class RayCall(CallRef):
         self._since = time.monotonic()
         self._method = method
         # Kept only where they may be needed again: they can be large.
-        again = instance.handle.named
+        again = instance.handle.named or instance.may_wait
         self._args: tuple[Any, ...] | None = args if again else None
         self._kwargs: dict[str, Any] | None = kwargs if again else None
 
     def result(self, timeout_s: float | None = None) -> Any:
         """Wait for the value."""
-        try:
-            return ray.get(self._ref, timeout=timeout_s)
-        except rays.RayError as error:
-            if self._args is not None and was_never_sent(error):
-                return self._send_again(time.monotonic() + RESTART_S, timeout_s)
-            self._raise(error, timeout_s)
+        while True:
+            ref = self._ref
+            try:
+                return ray.get(ref, timeout=timeout_s)
+            except rays.RayError as error:
+                if self._is_sent_anew(ref, error):
+                    continue
+                if self._is_to_be_sent_again(error):
+                    return self._send_again(time.monotonic() + RESTART_S, timeout_s)
+                self._raise(error, timeout_s)
 
     @property
     def _submitted(self) -> Submitted:
@@ -256,6 +295,21 @@ class RayCall(CallRef):
     def _raise(self, error: BaseException, timeout_s: float | None) -> NoReturn:
         found = self._instance.error_of(error, self._submitted, timeout_s)
         raise found from found.__cause__  # keeps the remote traceback, drops Ray's own frames
+
+    def _is_to_be_sent_again(self, error: BaseException) -> bool:
+        return self._args is not None and self._instance.handle.named and was_never_sent(error)
+
+    def _is_sent_anew(self, ref: Any, error: BaseException) -> bool:
+        """Send a call anew whose actor was moved before it ran; once, whoever waits for it."""
+        if self._args is None or self._kwargs is None:
+            return False
+        with self._moving:
+            if self._ref is not ref:
+                return True
+            if not self._instance.never_ran(ref, error):
+                return False
+            self._ref = self._instance.submitter(self._method)(*self._args, **self._kwargs)
+            return True
 
     def _send_again(self, deadline: float, timeout_s: float | None) -> Any:
         """Send a call again that found its instance between two processes."""
@@ -274,6 +328,12 @@ class RayCall(CallRef):
     def future(self) -> Future[Any]:
         """Give a future of the value, its error translated."""
         future: Future[Any] = Future()
+        self._finish(future)
+        return future
+
+    def _finish(self, future: Future[Any]) -> None:
+        """Have a future told the value or the error, once it is there."""
+        ref = self._ref
 
         def finish(raw: Future[Any]) -> None:
             error = raw.exception()
@@ -282,14 +342,16 @@ class RayCall(CallRef):
             else:
                 # Ray calls this on the thread that its replies come on; asking the registry or
                 # sending again from there would wait for itself.
-                self._instance._client.background.submit(self._finish_error, future, error)
+                self._instance._client.background.submit(self._finish_error, future, ref, error)
 
-        self._ref.future().add_done_callback(finish)
-        return future
+        ref.future().add_done_callback(finish)
 
-    def _finish_error(self, future: Future[Any], error: BaseException) -> None:
+    def _finish_error(self, future: Future[Any], ref: Any, error: BaseException) -> None:
         try:
-            if self._args is not None and was_never_sent(error):
+            if self._is_sent_anew(ref, error):
+                self._finish(future)
+                return
+            if self._is_to_be_sent_again(error):
                 _set(future, self._send_again(time.monotonic() + RESTART_S, None), None)
                 return
             _set(future, None, self._instance.error_of(error, self._submitted))
@@ -332,9 +394,25 @@ def _set(future: Future[Any], value: Any, error: BaseException | None) -> None:
 class RayStream(ItemStream):
     """The items of a streaming generator call."""
 
-    def __init__(self, instance: RayInstance, generator: Any, timeout_s: float | None) -> None:
-        """Wrap a ``ray.ObjectRefGenerator``."""
+    def __init__(
+        self,
+        instance: RayInstance,
+        generator: Any,
+        timeout_s: float | None,
+        *,
+        again: Callable[[], Any] | None = None,
+    ) -> None:
+        """Wrap a ``ray.ObjectRefGenerator``.
+
+        Args:
+            instance: which runs it.
+            generator: gives the references.
+            timeout_s: the call's own limit, or None.
+            again: sends it anew, where its actor may be moved before it runs.
+        """
         self._instance = instance
+        self._again = again
+        self._timeout_s = timeout_s
         self._submitted = Submitted(generator._generator_ref, timeout_s, time.monotonic())
         self._generator = generator
         self._open = True
@@ -342,31 +420,49 @@ class RayStream(ItemStream):
 
     def next_item(self) -> Any:
         """Wait for the next item."""
-        try:
-            item = ray.get(next(self._generator))
-            self._confirm()
-            return item
-        except StopIteration:
-            self._open = False
-            raise
-        except rays.RayError as error:
-            self._open = False
-            found = self._error(error)
-            raise found from found.__cause__
+        while True:
+            try:
+                item = ray.get(next(self._generator))
+                self._confirm()
+                return item
+            except StopIteration:
+                self._open = False
+                raise
+            except rays.RayError as error:
+                if self._is_sent_anew(error):
+                    continue
+                self._open = False
+                found = self._error(error)
+                raise found from found.__cause__
 
     async def anext_item(self) -> Any:
         """Await the next item."""
-        try:
-            item = await (await self._generator.__anext__())
-            self._confirm()
-            return item
-        except StopAsyncIteration:
-            self._open = False
-            raise
-        except rays.RayError as error:
-            self._open = False
-            found = self._error(error)
-            raise found from found.__cause__
+        while True:
+            try:
+                item = await (await self._generator.__anext__())
+                self._confirm()
+                return item
+            except StopAsyncIteration:
+                self._open = False
+                raise
+            except rays.RayError as error:
+                # Both ask the registry.
+                if await asyncio.to_thread(self._is_sent_anew, error):
+                    continue
+                self._open = False
+                found = await asyncio.to_thread(self._error, error)
+                raise found from found.__cause__
+
+    def _is_sent_anew(self, error: rays.RayError) -> bool:
+        """Send it anew if its actor was moved before it ran."""
+        ref = self._generator._generator_ref
+        if self._again is None or self._count or not self._instance.never_ran(ref, error):
+            return False
+        self._generator = self._again()
+        self._submitted = Submitted(
+            self._generator._generator_ref, self._timeout_s, time.monotonic()
+        )
+        return True
 
     def _confirm(self) -> None:
         self._count += 1

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ray
 from ray.runtime_env import RuntimeEnv
 
 from apothic.backend import StartRequest
-from apothic.options import ClassOptions
+from apothic.options import ClassOptions, MountSpec
 from apothic.values import ClassSpec
-from apothic.volume import StorageMount
+from apothic.volume import HOST_LOCAL, StorageMount
 from ray_backend import volumes
 from ray_backend.actors.compile import CONTROL_GROUP, CONTROL_THREADS, compile_actor
 from ray_backend.actors.plan import InstancePlan
@@ -23,7 +23,7 @@ from ray_backend.placement.live import ClusterView, Placement, place
 from ray_backend.ray_api import is_client_mode
 from ray_backend.registry import Registry
 
-__all__ = ["Launched", "launch", "relaunch", "tied_nodes"]
+__all__ = ["Launched", "homes", "launch", "place_with_volumes", "relaunch", "tied_nodes"]
 
 INLINE_BYTES = 64 * 1024
 """Constructor arguments up to this size go with the actor; Ray keeps larger ones in the creator's
@@ -73,7 +73,7 @@ def launch(
     environment = _environments.get(spec_digest)
     if environment is None:
         environment = _environments[spec_digest] = compile_image(options.image)
-    placement = place(view(), options, tied_nodes(registry, options))
+    placement = place_with_volumes(registry, view(), options)
     plan = make_plan(request, name, spec_digest, options, environment)
     if plan.arguments is None:
         registry.put_blob(registry.arguments_key(name), request.arguments)
@@ -103,11 +103,12 @@ def launch(
 
 
 def relaunch(
-    record: bytes, view: ClusterView, runtime_env: Mapping[str, Any] | None
+    registry: Registry, record: bytes, view: ClusterView, runtime_env: Mapping[str, Any] | None
 ) -> tuple[Placement, Callable[[], None]]:
     """Prepare to make a named actor again from what `launch` stored, where there is room now.
 
     Args:
+        registry: the cluster's.
         record: the stored one.
         view: the cluster.
         runtime_env: of the actor that it replaces; None takes that of the calling process.
@@ -121,7 +122,7 @@ def relaunch(
     plan, text = pickle.loads(record)
     spec = ClassSpec.model_validate_json(text)
     options = ClassOptions.model_validate(spec.options)
-    placement = place(view, options)
+    placement = place(view, options, tied_nodes(registry, options))
     ray_options = _ray_options(plan.actor_name, options, placement)
     if runtime_env:
         ray_options["runtime_env"] = RuntimeEnv.deserialize(json.dumps(dict(runtime_env)))
@@ -144,17 +145,42 @@ def _ray_options(name: str, options: ClassOptions, placement: Placement) -> dict
     }
 
 
+def place_with_volumes(registry: Registry, view: ClusterView, options: ClassOptions) -> Placement:
+    """Decide where an instance runs, and tie its new host-local volumes to that node.
+
+    Tied only once they are mounted, a process that is replaced could come to another node, where they
+    are not. Where nothing has room, the node that has it first decides.
+    """
+    placement = place(view, options, tied_nodes(registry, options))
+    new = [
+        mount.volume
+        for mount in options.mounts
+        if mount.backend == HOST_LOCAL and registry.volume_node(mount.volume) is None
+    ]
+    node = placement.with_a_node().node_id
+    if not new or node is None:
+        return placement
+    for name in new:
+        registry.pin_volume(name, node)  # who is quicker decides for all
+    return place(view, options, homes(registry, options.mounts))
+
+
 def tied_nodes(registry: Registry, options: ClassOptions) -> list[str]:
     """Record the volumes that a class mounts; name the nodes that its host-local ones are on."""
-    nodes = set()
     for mount in options.mounts:
-        volume = StorageMount(
-            mount.volume, mount.backend, mount.size_gb, mount.path, mount.create_if_missing
+        volumes.ensure(
+            registry,
+            StorageMount(
+                mount.volume, mount.backend, mount.size_gb, mount.path, mount.create_if_missing
+            ),
         )
-        node = volumes.prepare(registry, volume)
-        if node is not None:
-            nodes.add(node)
-    return sorted(nodes)
+    return homes(registry, options.mounts)
+
+
+def homes(registry: Registry, mounts: Iterable[MountSpec]) -> list[str]:
+    """Name the nodes that host-local volumes are tied to."""
+    found = {registry.volume_node(mount.volume) for mount in mounts if mount.backend == HOST_LOCAL}
+    return sorted(node for node in found if node is not None)
 
 
 def _find(name: str) -> Any:

@@ -128,6 +128,14 @@ class Manager:
         """Tell what is free on each node, to clients behind a proxy, which cannot see it."""
         return ray_api.free_resources()
 
+    def seat(self, actor_id: str) -> ray_api.ActorSeat | None:
+        """Tell where an actor is, to clients behind a proxy."""
+        return ray_api.actor_seat(actor_id)
+
+    def seats(self, state: str | None = None) -> list[ray_api.ActorSeat]:
+        """Tell where all actors are, to clients behind a proxy."""
+        return ray_api.actor_seats(state)
+
     def forget(self, name: str) -> None:
         """Drop the lease of an instance that was never made."""
         self._book.forget(name)

@@ -8,7 +8,8 @@ asked for there, under the same name and lease:
 - after `SETUP_WAIT_S`, doubled with each move, when its node may have given it its room already and is
   preparing the runtime environment or starting the process, which look the same.
 
-Only the process that made an instance moves it.
+Only the process that made an instance moves it. Where nobody waits for it (`Cls.bind` does not),
+`ray_backend.starting` looks.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from ray_backend.instances import RayInstance
     from ray_backend.registry import Registry
 
-__all__ = ["STOPPING_WAIT_S", "MovedError", "PlacementWatch", "wait_ready"]
+__all__ = ["STOPPING_WAIT_S", "MovedError", "PlacementWatch", "give_up", "wait_ready"]
 
 PLACEMENT_TIMEOUT_VARIABLE = "APOTHIC_PLACEMENT_TIMEOUT_S"
 PLACEMENT_TIMEOUT_S = 600.0
@@ -141,12 +142,16 @@ def _wait_once(
             client.close_instance(instance)
         raise found from found.__cause__
     except PlacementError:
-        # One that somebody else made waits on for those who want it.
-        if instance.placement is not None:
-            client.close_instance(instance)
-        elif not instance.handle.named:
-            client.release(instance)
+        give_up(client, instance)
         raise
+
+
+def give_up(client: RayClient, instance: RayInstance) -> None:
+    """Close what waits for room in vain; what somebody else made waits on for those who want it."""
+    if instance.placement is not None:
+        client.close_instance(instance)
+    elif not instance.handle.named:
+        client.release(instance)
 
 
 class Waiting(Protocol):
@@ -168,9 +173,9 @@ class Mover(Protocol[W]):
     """What knows where there is room."""
 
     @property
-    def is_proxy(self) -> bool: ...
-    @property
     def registry(self) -> Registry: ...
+    def seat(self, actor_id: str) -> ray_api.ActorSeat | None: ...
+    def seats(self, state: str | None = None) -> list[ray_api.ActorSeat]: ...
     def find_spec(self, digest: str) -> ClassSpec | SandboxSpec | None: ...
     def view(self) -> ClusterView: ...
     def move(self, instance: W) -> bool: ...
@@ -187,6 +192,7 @@ class PlacementWatch(Generic[W]):
         self._deadline = time.monotonic() + self._limit_s
         self._queued_since: float | None = None
         self._moves = 0
+        self.gone: bool = False
 
     def get(self, ref: Any, meanwhile: Callable[[], None] | None = None) -> Any:
         """Get a first reply, but do not wait for ever for room.
@@ -216,15 +222,20 @@ class PlacementWatch(Generic[W]):
         return ray.get(ref)
 
     def look(self) -> bool:
-        """Tell whether the instance has room and needs no more looks; move it if it queues in vain."""
-        if self._client.is_proxy:
-            if time.monotonic() > self._deadline:
-                self._give_up()
-            return False
-        seat = ray_api.actor_seat(self._instance.native._actor_id.hex())
+        """Tell whether the instance has room, or is gone, and needs no more looks.
+
+        It is moved where it queues in vain.
+
+        Raises:
+            MovedError: it was.
+            PlacementTimeoutError: there was no room in time.
+            NoMatchingOfferError: nothing qualifies any more.
+        """
+        seat = self._client.seat(self._instance.native._actor_id.hex())
         if seat is None or not seat.waits:
             self._queued_since = None
-            return seat is not None and seat.state == "ALIVE"
+            self.gone = seat is not None and seat.state == "DEAD"
+            return self.gone or (seat is not None and seat.state == "ALIVE")
         now = time.monotonic()
         if self._queued_since is None:
             self._queued_since = now
@@ -246,7 +257,7 @@ class PlacementWatch(Generic[W]):
         if not current.is_worth_leaving_for(found):
             return
         patience_s = SETUP_WAIT_S * math.pow(2, self._moves)
-        if queued_s < patience_s and may_be_starting(seat, view, ray_api.actor_seats()):
+        if queued_s < patience_s and may_be_starting(seat, view, self._client.seats()):
             return
         self._moves += 1
         self._queued_since = None
@@ -262,10 +273,8 @@ class PlacementWatch(Generic[W]):
 
     def _give_up(self) -> None:
         found, _ = self._place()
-        seats = [] if self._client.is_proxy else ray_api.actor_seats()
-        error = found.plan.timed_out(
-            self._limit_s, holders(found.plan, seats), f"raise {PLACEMENT_TIMEOUT_VARIABLE}"
-        )
+        held = holders(found.plan, self._client.seats())
+        error = found.plan.timed_out(self._limit_s, held, f"raise {PLACEMENT_TIMEOUT_VARIABLE}")
         raise PlacementTimeoutError(f"{self._instance.label}: {error}")
 
 

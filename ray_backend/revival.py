@@ -104,7 +104,7 @@ class Reviver:
         if record is None or queued_s < REVIVE_AFTER_S:
             return
         view = self._view()
-        placement, make = relaunch(record, view, seat.runtime_env)
+        placement, make = relaunch(self._registry, record, view, seat.runtime_env)
         demand = placement.choice.demand
         same = demand.resources.items() <= seat.resources.items() and dict(
             demand.label_selector
@@ -120,7 +120,7 @@ class Reviver:
         record = self._registry.get_revival(name)
         if record is None:
             return
-        _, make = relaunch(record, self._view(), seat.runtime_env)
+        _, make = relaunch(self._registry, record, self._view(), seat.runtime_env)
         if self._book.pause(name):
             self._finish(name, make)
 

@@ -9,12 +9,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from apothic.errors import BackendError, VolumeNotFoundError
-from apothic.volume import StorageMount, check_same_volume
+from apothic.volume import HOST_LOCAL, StorageMount, check_same_volume
 from ray_backend.actors.failure import RemoteFailure
 from ray_backend.directories import volume_directory
 from ray_backend.registry import Registry
 
-__all__ = ["delete", "ensure", "list_all", "prepare"]
+__all__ = ["delete", "ensure", "list_all"]
 
 
 def ensure(registry: Registry, volume: StorageMount) -> None:
@@ -38,12 +38,6 @@ def ensure(registry: Registry, volume: StorageMount) -> None:
     check_same_volume(StorageMount(volume.name, found["backend"], found["size_gb"]), volume)
 
 
-def prepare(registry: Registry, volume: StorageMount) -> str | None:
-    """Record a volume that an instance mounts; give the node it is tied to, if any."""
-    ensure(registry, volume)
-    return registry.volume_node(volume.name) if volume.backend == "vast_local" else None
-
-
 def list_all(registry: Registry) -> list[StorageMount]:
     """List the recorded volumes."""
     found = []
@@ -65,7 +59,7 @@ def delete(registry: Registry, name: str) -> bool:
         return False
     options: dict[str, Any] = {"num_cpus": 0, "max_retries": 1}
     node = registry.volume_node(name)
-    if record["backend"] != "vast_local" or node is not None:
+    if record["backend"] != HOST_LOCAL or node is not None:
         if node is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         problem = ray.get(ray.remote(**options)(_remove).remote(name, record["backend"]))

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from apothic.volume import HOST_LOCAL
 from ray_backend.actors.failure import RemoteFailure
 from ray_backend.directories import local_root, volume_directory
 from ray_backend.registry import Registry
@@ -32,7 +33,7 @@ class Mounts:
         """
         name, backend, path = mount["volume"], mount["backend"], Path(mount["path"])
         directory = volume_directory(name, backend)
-        if backend == "vast_local":
+        if backend == HOST_LOCAL:
             home = self._registry.pin_volume(name, self._node_id)
             if home != self._node_id:
                 raise RemoteFailure(

@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from apothic.constraints import PlacementConstraints
 from apothic.errors import NoMatchingOfferError
+from apothic.options import MountSpec
 from ray_backend.placement.criterion import figure
 from ray_backend.placement.demand import Choice, Plan, plan
 from ray_backend.placement.offers import Offer, group_nodes
@@ -21,6 +22,10 @@ __all__ = ["ClusterView", "Placeable", "Placement", "explain", "offers_table", "
 
 class Placeable(Protocol):
     """What can be placed: the options of a class or of a sandbox."""
+
+    @property
+    def mounts(self) -> Sequence[MountSpec]:
+        """The volumes that it mounts."""
 
     @property
     def constraints(self) -> PlacementConstraints:
@@ -140,22 +145,38 @@ def place(view: ClusterView, wanted: Placeable, tied_to: Sequence[str] = ()) -> 
     if not tied_to:
         return Placement(_plan(view, wanted))
     node = tied_to[0]
-    nodes = [each for each in view.nodes if each["NodeID"] == node and each["Alive"]]
-    if not nodes:
+    tied = _only(view, node)
+    if not tied.nodes:
         raise NoMatchingOfferError(
             f"its host-local volume lies on node {node}, which is not in the cluster any more: what "
             f"is in it cannot be reached. Bring the node back, delete the volume, or use Volume.cloud, "
             f"which outlives a node."
         )
-    return Placement(_plan(ClusterView(nodes, view.available), wanted), node)
-
-
-def explain(view: ClusterView, wanted: Placeable) -> str:
-    """Tell which nodes qualify and why others do not, starting nothing."""
     try:
-        return _plan(view, wanted).explain()
+        return Placement(_plan(tied, wanted), node)
+    except NoMatchingOfferError as error:
+        raise NoMatchingOfferError(
+            f"its host-local volume lies on node {node}, so that no other can run it, and there "
+            f"{error}\n\nOther nodes may qualify: delete the volume to begin anew there, or use "
+            f"Volume.cloud, which every node reaches."
+        ) from None
+
+
+def explain(view: ClusterView, wanted: Placeable, tied_to: Sequence[str] = ()) -> str:
+    """Tell which nodes qualify and why others do not, starting nothing; arguments as of `place`."""
+    try:
+        found = place(view, wanted, tied_to)
     except NoMatchingOfferError as error:
         return str(error)
+    if found.tied_to is None:
+        return found.plan.explain()
+    return f"Its host-local volume lies on node {found.tied_to}.\n\n{found.plan.explain()}"
+
+
+def _only(view: ClusterView, node: str) -> ClusterView:
+    """Give what is known of one node; nothing is to be started in its place."""
+    nodes = [each for each in view.nodes if each["NodeID"] == node and each["Alive"]]
+    return ClusterView(nodes, view.available)
 
 
 def offers_table(view: ClusterView) -> str:

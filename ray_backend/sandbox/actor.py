@@ -37,6 +37,7 @@ from ray_backend.ray_api import (
     current_actor_name,
     leave_out_serializers,
     live_jobs,
+    live_nodes,
     restart_count,
 )
 from ray_backend.registry import Registry
@@ -322,6 +323,7 @@ def _surroundings(plan: SandboxPlan, registry: Registry) -> NodeSurroundings:
         fetch=fetch,
         secret=registry.get_secret,
         pin_volume=lambda name: registry.pin_volume(name, node_id),
+        node_addresses=lambda: sorted({node["NodeManagerAddress"] for node in live_nodes()}),
         arrive=arrive,
     )
 

@@ -157,6 +157,7 @@ class AgentWorkspace(Workspace):
     async def open_reader(self, path: bytes) -> FileReader:
         _check(path)
         try:
+            await self._channel.room()
             return _AgentFileReader(self, self._channel.open_reader(path))
         except ChannelClosedError as error:
             raise await self.gone(error) from None
@@ -170,6 +171,7 @@ class AgentWorkspace(Workspace):
         if make_parents:
             flags |= WriteFlag.MAKE_PARENTS
         try:
+            await self._channel.room()
             writer = self._channel.open_writer(path, length=size, flags=flags)
         except ChannelClosedError as error:
             raise await self.gone(error) from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
@@ -19,7 +19,7 @@ from apothic.errors import (
     SandboxLostError,
     SandboxStartError,
 )
-from apothic.volume import StorageMount
+from apothic.volume import HOST_LOCAL, StorageMount
 from ray_backend.sandbox.agent.binaries import agent_binary
 from ray_backend.sandbox.agent_links import AgentLink, DirectLink
 from ray_backend.sandbox.engine.agent_volume import AGENT_FILE, ensure_agent
@@ -30,6 +30,7 @@ from ray_backend.sandbox.engine.container import (
     LINK_DIRECTORY,
     BindMount,
     ContainerSpec,
+    gpu_ids_in,
 )
 from ray_backend.sandbox.engine.faults import FaultPoint, no_fault
 from ray_backend.sandbox.engine.images import ImageDefaults, ensure_image, image_defaults
@@ -81,6 +82,7 @@ class NodeSurroundings:
         owner: labels of what belongs to the session.
         node_id: this node.
         gpu_ids: the GPUs that the session may use.
+        node_addresses: gives the IPv4 addresses of the cluster's nodes, as they are now.
         fetch: gives a packed file by digest.
         secret: gives a secret's variables, None when it is not stored.
         pin_volume: ties a host-local volume to this node; gives the node it is tied to.
@@ -93,6 +95,7 @@ class NodeSurroundings:
     fetch: Callable[[str], bytes]
     secret: Callable[[str], Mapping[str, str] | None]
     pin_volume: Callable[[str], str]
+    node_addresses: Callable[[], Sequence[str]] = tuple
     arrive: Callable[[], None] = lambda: None
 
 
@@ -231,6 +234,7 @@ async def find_container(plan: SandboxPlan, around: NodeSurroundings) -> Session
 
     Raises:
         SandboxEngineError: when the engine fails.
+        SandboxLostError: when it has other GPUs than this process; it is removed.
     """
     engine = await asyncio.to_thread(Engine.connect)
     found = await asyncio.to_thread(engine.inspect, plan.container_name)
@@ -243,6 +247,14 @@ async def find_container(plan: SandboxPlan, around: NodeSurroundings) -> Session
             await asyncio.to_thread(engine.remove, found.id)
         return None
     config = await asyncio.to_thread(engine.api.inspect_container, found.id)
+    held = gpu_ids_in(config["HostConfig"])
+    if held != set(around.gpu_ids):
+        await asyncio.to_thread(engine.remove, found.id)
+        raise SandboxLostError(
+            f"{plan.label} was lost: its process was replaced and now holds the GPUs "
+            f"{_listed(around.gpu_ids)}, but its container has {_listed(held)}, which Ray may have "
+            f"given to somebody else meanwhile. Close it, and open it again under the same name."
+        )
     image = await asyncio.to_thread(image_defaults, engine, config["Image"])
     limited = bool((config["HostConfig"].get("StorageOpt") or {}).get("size"))
     disk_gb = plan.options.disk_gb
@@ -343,7 +355,7 @@ async def open_container(
     try:
         async with contextlib.AsyncExitStack() as held:
             if internet:
-                joining = internet_network(engine, owner, blocked=plan.blocked, at=at)
+                joining = internet_network(engine, owner, blocked=around.node_addresses, at=at)
                 network = await held.enter_async_context(_in_threads(joining))
                 spec = replace(spec, network=network.id, dns=network.dns)
             launched, direct = await _launch_linked(engine, spec, at)
@@ -443,7 +455,7 @@ async def _in_threads(manager: contextlib.AbstractContextManager[T]) -> AsyncIte
 def _mounts(engine: Engine, plan: SandboxPlan, around: NodeSurroundings) -> tuple[BindMount, ...]:
     volumes: dict[str, StorageMount] = {}
     for mount in plan.options.mounts:
-        if mount.backend == "vast_local":
+        if mount.backend == HOST_LOCAL:
             node = around.pin_volume(mount.name)
             if node != around.node_id:
                 raise SandboxError(
@@ -453,3 +465,7 @@ def _mounts(engine: Engine, plan: SandboxPlan, around: NodeSurroundings) -> tupl
         assert mount.mount_path is not None  # the definition has it
         volumes[mount.mount_path] = mount
     return bind_volumes(engine, volumes, around.owner)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

@@ -65,7 +65,6 @@ class SandboxPlan:
         env: its own first variables, a pickled mapping, as users put tokens there; None where they
             are many: they are then in the registry.
         arguments_digest: equal for equal ``cwd`` and ``env``.
-        blocked: IPv4 addresses that ``network="internet"`` must not reach: the cluster's nodes.
         settled: the actor can only be on one node, so that each process of it finds the container.
     """
 
@@ -77,7 +76,6 @@ class SandboxPlan:
     cwd: bytes
     env: bytes | None = field(repr=False)
     arguments_digest: str
-    blocked: tuple[str, ...] = ()
     settled: bool = False
 
     @property

@@ -25,11 +25,12 @@ from apothic.options import ClassOptions
 from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
 from apothic.values import SandboxSpec
 from ray_backend.actors.ending import CONTROL_GROUP
-from ray_backend.launch import Launched, tied_nodes
+from ray_backend.launch import Launched, place_with_volumes
 from ray_backend.leases import PINNED, SANDBOX
 from ray_backend.moves import take_over
 from ray_backend.names import NAMESPACE
-from ray_backend.placement.live import ClusterView, Placement, place
+from ray_backend.placement.live import ClusterView, Placement
+from ray_backend.ray_api import ActorSeat
 from ray_backend.readiness import STOPPING_WAIT_S, MovedError, PlacementWatch
 from ray_backend.registry import Registry
 from ray_backend.sandbox.plan import SandboxPlan, Unsettled
@@ -75,6 +76,14 @@ class Sandboxes:
     def view(self) -> ClusterView:
         """Look at the cluster."""
         return self.client.view()
+
+    def seat(self, actor_id: str) -> ActorSeat | None:
+        """Tell where an actor is, or what it waits for."""
+        return self.client.seat(actor_id)
+
+    def seats(self, state: str | None = None) -> list[ActorSeat]:
+        """Tell where all actors are, or those in one of Ray's states."""
+        return self.client.seats(state)
 
     def move(self, session: RaySandbox) -> bool:
         """Replace a session that still waits for room by one that asks for what is free now.
@@ -326,12 +335,11 @@ class Sandboxes:
             cwd=request.cwd,
             env=env,
             arguments_digest=request.arguments_digest,
-            blocked=tuple(sorted({str(node["NodeManagerAddress"]) for node in view.nodes})),
         )
         return self._make(plan, placement)
 
     def _place(self, view: ClusterView, options: ClassOptions) -> Placement:
-        return place(view, options, tied_nodes(self.registry, options))
+        return place_with_volumes(self.registry, view, options)
 
     def _make(self, plan: SandboxPlan, placement: Placement) -> Launched:
         plan = replace(plan, settled=placement.node_id is not None)

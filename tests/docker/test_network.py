@@ -124,7 +124,7 @@ def test_closed_to_everything_private(engine: Engine, owner: OwnerLabels, listen
 
 def test_public_addresses_pass_but_for_the_cluster_s(engine: Engine, owner: OwnerLabels):
     """Seen in the packet filter's own counters, since here no public host may answer."""
-    with internet_network(engine, owner, blocked=["8.8.4.4"]) as network:
+    with internet_network(engine, owner, blocked=lambda: ["8.8.4.4"]) as network:
         chain = f"APO-{network.bridge}-OUT"
 
         def refused_after_a_packet_to(address: str) -> int:

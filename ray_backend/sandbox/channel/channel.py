@@ -13,6 +13,7 @@ from typing import TypeVar
 from ray_backend.sandbox.agent.constants import (
     BLOB_MAX,
     REQUEST_MAX,
+    STREAMS_MAX,
     Capability,
     Stage,
     WriteFlag,
@@ -50,6 +51,9 @@ FILE_WINDOW = 1024 * 1024
 """Likewise of a file, the blob or the environment."""
 LIST_WINDOW = 64 * 1024
 """Likewise of a directory."""
+EXECS_MAX = STREAMS_MAX - 32
+"""Execs that one agent is given at once; the next wait. What is left is for files, and is not waited
+for by programs that wait for each other."""
 ENTRIES_MAX = 1_000_000
 """Names that `AgentChannel.list_directory` gives at most, some 100 MB of them."""
 T = TypeVar("T")
@@ -72,6 +76,7 @@ class AgentChannel:
         self._operations: dict[int, Operation] = {}
         self._kills: dict[int, deque[asyncio.Future[None]]] = {}
         loop = asyncio.get_running_loop()
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._welcome: asyncio.Future[Welcome] = loop.create_future()
         self._end: tuple[str, BaseException | None] | None = None
         self._ended = asyncio.Event()
@@ -128,6 +133,27 @@ class AgentChannel:
         self._stop(_CLOSED, None)
         await self._link_over.wait()
 
+    async def room(self, limit: int = STREAMS_MAX) -> None:
+        """Wait until fewer requests than ``limit`` are open; what follows at once finds room.
+
+        Raises:
+            ChannelClosedError: the channel has ended.
+        """
+        self._check_open()
+        while self.connection.open_streams >= limit:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if waiter.done():
+                    self._wake_next()  # it was this one's turn
+                raise
+            finally:
+                with suppress(ValueError):
+                    self._waiting.remove(waiter)
+            self._check_open()
+
     # -- programs --------------------------------------------------------------------------------
 
     async def exec(
@@ -151,7 +177,7 @@ class AgentChannel:
             stdin: it is written to; else it is ``/dev/null``.
             window: bytes of each output that may come before somebody takes them.
         """
-        self._check_open()
+        await self.room(EXECS_MAX)
         stream, data = self.connection.exec(
             argv,
             cwd=cwd,
@@ -176,14 +202,14 @@ class AgentChannel:
 
     async def stat(self, path: bytes, *, follow: bool = True) -> tuple[FileStat, bytes | None]:
         """Look at a path; the second is the target of a link that is not followed."""
-        self._check_open()
+        await self.room()
         done = await self._ask(self.connection.stat(path, follow=follow))
         assert done.stat is not None  # the codec sees to it
         return done.stat, done.link
 
     async def list_directory(self, path: bytes, *, max_entries: int = ENTRIES_MAX) -> list[Entry]:
         """Give what is in a directory, in any order; EOVERFLOW where that is too much."""
-        self._check_open()
+        await self.room()
         stream, data = self.connection.list_directory(path, credit=LIST_WINDOW)
         listing = self._open_incoming(stream, data, LIST_WINDOW)
         entries: list[Entry] = []
@@ -200,17 +226,17 @@ class AgentChannel:
         self, path: bytes, *, mode: int = 0o777, parents: bool = False, exist_ok: bool = False
     ) -> None:
         """Make a directory; ``exist_ok`` accepts a directory only."""
-        self._check_open()
+        await self.room()
         await self._ask(self.connection.mkdir(path, mode=mode, parents=parents, exist_ok=exist_ok))
 
     async def remove(self, path: bytes, *, directory: bool = False) -> None:
         """Remove a name, or an empty directory."""
-        self._check_open()
+        await self.room()
         await self._ask(self.connection.remove(path, directory=directory))
 
     async def rename(self, old: bytes, new: bytes, *, replace: bool = True) -> None:
         """Give a file another name, at once."""
-        self._check_open()
+        await self.room()
         await self._ask(self.connection.rename(old, new, replace=replace))
 
     def open_reader(
@@ -221,7 +247,7 @@ class AgentChannel:
         length: int | None = None,
         window: int = FILE_WINDOW,
     ) -> AgentReader:
-        """Open a file for reading; that this fails comes with the first read.
+        """Open a file for reading; that this fails comes with the first read. `room` comes before.
 
         Args:
             path: a regular file or a character device.
@@ -242,7 +268,7 @@ class AgentChannel:
         length: int | None = None,
         flags: WriteFlag = WriteFlag(0),  # noqa: B008 - an immutable value
     ) -> AgentWriter:
-        """Open a file for writing; that this fails comes with a later call on it.
+        """Open a file for writing; that this fails comes with a later call on it. See `room`.
 
         The arguments, and what becomes of an existing file, are those of `AgentConnection.write`.
         """
@@ -259,7 +285,7 @@ class AgentChannel:
 
     async def environ(self) -> dict[bytes, bytes]:
         """Give the container's environment."""
-        self._check_open()
+        await self.room()
         stream, data = self.connection.environ(credit=FILE_WINDOW)
         entries = (await self._read_whole(stream, data, REQUEST_MAX)).split(b"\0")
         pairs = (entry.partition(b"=") for entry in entries if b"=" in entry)
@@ -267,13 +293,13 @@ class AgentChannel:
 
     async def get_blob(self) -> bytes:
         """Give what `set_blob` kept, by any client; nothing at first."""
-        self._check_open()
+        await self.room()
         stream, data = self.connection.get_blob(credit=FILE_WINDOW)
         return await self._read_whole(stream, data, BLOB_MAX)
 
     async def set_blob(self, blob: bytes) -> None:
         """Have the agent keep up to 1 MiB as long as it lives, where programs cannot read it."""
-        self._check_open()
+        await self.room()
         await self._ask(self.connection.set_blob(blob))
 
     # -- what operations need --------------------------------------------------------------------
@@ -399,7 +425,15 @@ class AgentChannel:
             elif (operation := self._operations.get(event.stream)) is not None:
                 if isinstance(event, Done | Failed | Exited):
                     del self._operations[event.stream]
+                    self._wake_next()
                 operation.on_event(event)
+
+    def _wake_next(self) -> None:
+        """Have the next of those who wait for room look whether it is enough."""
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+                return
 
     def _on_killed(self, event: Killed) -> None:
         waiting = self._kills[event.stream]
@@ -422,6 +456,9 @@ class AgentChannel:
             operation.on_lost(self._closed_error)
         kills = [killed for waiting in self._kills.values() for killed in waiting]
         self._kills.clear()
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
         for killed in kills:
             _fail(killed, self._closed_error())
         _fail(self._welcome, self._closed_error())

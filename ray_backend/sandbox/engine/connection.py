@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -179,6 +179,8 @@ class Engine:
             SandboxEngineError: when the engine cannot give what is asked, a limit for instance.
         """
         self.info.check_isolation(spec)
+        if spec.runtime is None and not spec.gpu_ids:
+            spec = replace(spec, runtime=self.info.plain_runtime)
         limit_disk = spec.disk_gb is not None and self.info.may_limit_disk
         try:
             with translated(f"create the container {spec.name!r}"):

@@ -24,6 +24,7 @@ class EngineInfo:
         backing_filesystem: on what, where the driver says so.
         cgroup_version: 1 or 2.
         runtimes: the OCI runtimes it knows.
+        default_runtime: the one that it takes where none is named.
         rootless: whether it runs without root.
         seccomp: whether it filters system calls by default.
         missing_limits: those of ``memory``, ``pids`` and ``cpu`` that it cannot enforce.
@@ -34,6 +35,7 @@ class EngineInfo:
     backing_filesystem: str
     cgroup_version: int
     runtimes: frozenset[str]
+    default_runtime: str
     rootless: bool
     seccomp: bool
     missing_limits: tuple[str, ...]
@@ -51,6 +53,7 @@ class EngineInfo:
             ),
             cgroup_version=int(found.get("CgroupVersion") or 1),
             runtimes=frozenset(found.get("Runtimes") or ()),
+            default_runtime=str(found.get("DefaultRuntime") or ""),
             rootless=any("name=rootless" in option for option in security),
             seccomp=any(
                 "name=seccomp" in option and "profile=unconfined" not in option
@@ -65,6 +68,15 @@ class EngineInfo:
         if self.storage_driver == "overlay2":
             return self.backing_filesystem == "xfs"
         return self.storage_driver in _DISK_DRIVERS
+
+    @property
+    def plain_runtime(self) -> str | None:
+        """The runtime to name for a container without GPUs; None where the default one does.
+
+        NVIDIA's gives each container the devices that a variable of its image names, and images made
+        for GPUs name all.
+        """
+        return "runc" if "nvidia" in self.default_runtime and "runc" in self.runtimes else None
 
     def check_isolation(self, spec: ContainerSpec) -> None:
         """Refuse where the engine cannot hold a container in.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -69,7 +69,7 @@ def internet_network(
     engine: Engine,
     owner: OwnerLabels,
     *,
-    blocked: Sequence[str] = (),
+    blocked: Callable[[], Sequence[str]] = tuple,
     at: FaultPoint = no_fault,
 ) -> Iterator[InternetNetwork]:
     """Give the cluster's network, made if need be and seen to isolate; about 0.8 s.
@@ -79,7 +79,8 @@ def internet_network(
     Args:
         engine: where.
         owner: for whom.
-        blocked: IPv4 addresses of the cluster's nodes and other networks to keep out of reach.
+        blocked: gives the IPv4 addresses of the cluster's nodes and other networks to keep out of
+            reach; asked when the rules are set, as all containers of the network share them.
         at: called with ``network``, ``network-rules``.
 
     Raises:
@@ -93,7 +94,7 @@ def internet_network(
             at("network")
             # What helps with it is the session's: a sweep finds it when this process is killed.
             servers = tuple(given) or host_name_servers(engine, owner)
-            enforce(engine, owner, Rules(network.bridge, servers, tuple(blocked)))
+            enforce(engine, owner, Rules(network.bridge, servers, tuple(blocked())))
             at("network-rules")
         yield InternetNetwork(network.id, network.name, network.bridge, network.owner, tuple(given))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import docker.errors
 
 from apothic.errors import SandboxEngineError
-from apothic.volume import StorageMount
+from apothic.volume import HOST_LOCAL, StorageMount
 from ray_backend.actors.failure import RemoteFailure
 from ray_backend.directories import volume_directory
 from ray_backend.sandbox.engine.connection import Engine
@@ -45,7 +45,7 @@ def bind_volumes(
         try:
             directory = volume_directory(volume.name, volume.backend)
             directory.mkdir(parents=True, exist_ok=True)
-            if volume.backend == "vast_local":
+            if volume.backend == HOST_LOCAL:
                 # Root of a sandbox may leave programs with the set-user-id bit: not for others.
                 directory.parent.chmod(0o700)
         except RemoteFailure as failure:
