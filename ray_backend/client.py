@@ -330,10 +330,6 @@ class RayClient(ControlPlaneClient):
             return None
         return find_other_actor(name, actor_id)
 
-    def was_moved(self, actor_id: str) -> bool:
-        """Tell whether an actor was removed so that another takes its instance over."""
-        return self.registry.was_moved(actor_id)
-
     def _lost_its_nodes(self, handle: ClassInstanceHandle, actor_id: str) -> bool:
         if not handle.named or self.is_proxy:
             return False
@@ -343,7 +339,10 @@ class RayClient(ControlPlaneClient):
     def wait_ready(self, instance: RayInstance) -> None:
         """Wait for ``enter``; what cannot become ready is removed before the error is raised."""
         self.starts.forget(instance)
-        wait_ready(self, instance)
+        try:
+            wait_ready(self, instance)
+        finally:
+            instance.end_waiting()
 
     def died_at_start(self, instance: RayInstance) -> bool:
         """Tell whether an instance that lost its process had never been ready."""

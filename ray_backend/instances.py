@@ -53,7 +53,9 @@ class RayInstance(InstanceRef):
         self._ready = ready
         self.request: StartRequest | None = None
         self.placement: Placement | None = None  # of an actor that this process made
-        self.may_wait: bool = False  # it may still be moved to where there is room
+        self._may_wait = False  # it may still be moved to where there is room
+        self._sent_early: list[RayCall | RayStream] = []  # before it is known to have room
+        self._sending = threading.RLock()
         self.failure: PlacementError | None = None  # why it never had room
         self.label = f"{handle.app}.{handle.cls} {handle.instance_id!r}"
         self._submitters: dict[str, Callable[..., Any]] = {}
@@ -68,6 +70,11 @@ class RayInstance(InstanceRef):
         """The Ray actor handle."""
         return self._actor
 
+    @property
+    def may_wait(self) -> bool:
+        """Whether it may still be moved to where there is room."""
+        return self._may_wait
+
     def submit(
         self,
         method: MethodInfo,
@@ -78,9 +85,13 @@ class RayInstance(InstanceRef):
         """Submit a call; arguments go to Ray natively, so that large arrays are not copied."""
         if timeout_s is not None:
             kwargs = {**kwargs, TIMEOUT_KEY: timeout_s}
-        submitter = self.submitter(method.name)
         try:
-            return RayCall(self, submitter(*args, **kwargs), method.name, args, kwargs, timeout_s)
+            with self._sending if self._may_wait else contextlib.nullcontext():
+                ref = self.submitter(method.name)(*args, **kwargs)
+                call = RayCall(self, ref, method.name, args, kwargs, timeout_s)
+                if self._may_wait:
+                    self._sent_early.append(call)
+            return call
         except (TypeError, pickle.PicklingError, AttributeError) as error:
             raise self._unserializable(method, args, kwargs, error) from error
 
@@ -128,7 +139,11 @@ class RayInstance(InstanceRef):
             return self._stream_submitter(method.name)(*args, **kwargs)
 
         try:
-            return RayStream(self, send(), timeout_s, again=send if self.may_wait else None)
+            with self._sending if self._may_wait else contextlib.nullcontext():
+                stream = RayStream(self, send, timeout_s)
+                if self._may_wait:
+                    self._sent_early.append(stream)
+            return stream
         except (TypeError, pickle.PicklingError, AttributeError) as error:
             raise self._unserializable(method, args, kwargs, error) from error
 
@@ -146,10 +161,28 @@ class RayInstance(InstanceRef):
         self.follow(other.native, other.placement)
 
     def follow(self, actor: Any, placement: Placement | None) -> None:
-        """Go on with another actor; ``placement`` says where it was asked for, if we made it."""
-        self._actor = actor
-        self.placement = placement
-        self._submitters.clear()
+        """Go on with another actor; ``placement`` says where it was asked for, if we made it.
+
+        What was on its way to one that waited for room has not run, and is sent to this one.
+        """
+        with self._sending:
+            is_new = actor._actor_id != self._actor._actor_id
+            self._actor = actor
+            self.placement = placement
+            self._submitters.clear()
+            if is_new:
+                for early in self._sent_early:
+                    early.send_anew()
+
+    def begin_waiting(self) -> None:
+        """Note that it may be moved to where there is room, with the calls that are sent from now."""
+        self._may_wait = True
+
+    def end_waiting(self) -> None:
+        """Note that it has its room, or never will."""
+        with self._sending:
+            self._may_wait = False
+            self._sent_early.clear()
 
     def runs_version(self, spec_digest: str) -> None:
         """Note which version of its class an instance runs: one that was found may run an older one."""
@@ -225,18 +258,10 @@ class RayInstance(InstanceRef):
         self.follow(found, None)
         return True
 
-    def never_ran(self, ref: Any, error: BaseException) -> bool:
-        """Tell whether a call was on its way to an actor that waited for room and was moved.
-
-        Then this goes on with the actor that took over, or has already.
-        """
-        gone = isinstance(error, rays.ActorDiedError)
-        if not gone or self._handle.named or self.failure is not None:
-            return False
-        actor_id = ref.task_id().actor_id().hex()
-        if not self._client.was_moved(actor_id):
-            return False
-        return self._actor._actor_id.hex() != actor_id or self.follow_successor()
+    def is_moving(self, error: BaseException) -> bool:
+        """Tell whether a call failed since its actor was moved; then this goes on with the next."""
+        died = isinstance(error, rays.ActorDiedError)
+        return died and self._may_wait and self.failure is None and self.follow_successor()
 
 
 @dataclass(frozen=True)
@@ -251,9 +276,16 @@ class Submitted:
 class RayCall(CallRef):
     """One call: an ObjectRef, and what it takes to send it again if it never reached the actor."""
 
-    __slots__ = ("_args", "_instance", "_kwargs", "_method", "_ref", "_since", "_timeout_s")
-
-    _moving = threading.Lock()
+    __slots__ = (
+        "_args",
+        "_cancelled",
+        "_instance",
+        "_kwargs",
+        "_method",
+        "_ref",
+        "_since",
+        "_timeout_s",
+    )
 
     def __init__(
         self,
@@ -274,6 +306,15 @@ class RayCall(CallRef):
         again = instance.handle.named or instance.may_wait
         self._args: tuple[Any, ...] | None = args if again else None
         self._kwargs: dict[str, Any] | None = kwargs if again else None
+        self._cancelled = False
+
+    def send_anew(self) -> None:
+        """Send it to the actor that its instance has now; it has not run."""
+        assert self._args is not None
+        assert self._kwargs is not None
+        self._ref = self._instance.submitter(self._method)(*self._args, **self._kwargs)
+        if self._cancelled:
+            self._instance.cancel(self._ref.task_id().hex())
 
     def result(self, timeout_s: float | None = None) -> Any:
         """Wait for the value."""
@@ -300,16 +341,8 @@ class RayCall(CallRef):
         return self._args is not None and self._instance.handle.named and was_never_sent(error)
 
     def _is_sent_anew(self, ref: Any, error: BaseException) -> bool:
-        """Send a call anew whose actor was moved before it ran; once, whoever waits for it."""
-        if self._args is None or self._kwargs is None:
-            return False
-        with self._moving:
-            if self._ref is not ref:
-                return True
-            if not self._instance.never_ran(ref, error):
-                return False
-            self._ref = self._instance.submitter(self._method)(*self._args, **self._kwargs)
-            return True
+        """Tell whether it failed only on its way to an actor that was moved before it ran."""
+        return self._ref is not ref or (self._instance.is_moving(error) and self._ref is not ref)
 
     def _send_again(self, deadline: float, timeout_s: float | None) -> Any:
         """Send a call again that found its instance between two processes."""
@@ -373,6 +406,7 @@ class RayCall(CallRef):
 
     def cancel(self) -> None:
         """Stop the call wherever it is."""
+        self._cancelled = True
         if not self.done():
             self._instance.cancel(self._ref.task_id().hex())
 
@@ -395,41 +429,43 @@ class RayStream(ItemStream):
     """The items of a streaming generator call."""
 
     def __init__(
-        self,
-        instance: RayInstance,
-        generator: Any,
-        timeout_s: float | None,
-        *,
-        again: Callable[[], Any] | None = None,
+        self, instance: RayInstance, send: Callable[[], Any], timeout_s: float | None
     ) -> None:
-        """Wrap a ``ray.ObjectRefGenerator``.
+        """Start it.
 
         Args:
             instance: which runs it.
-            generator: gives the references.
+            send: gives a ``ray.ObjectRefGenerator`` of the actor that the instance has.
             timeout_s: the call's own limit, or None.
-            again: sends it anew, where its actor may be moved before it runs.
         """
         self._instance = instance
-        self._again = again
+        self._send = send
         self._timeout_s = timeout_s
-        self._submitted = Submitted(generator._generator_ref, timeout_s, time.monotonic())
-        self._generator = generator
         self._open = True
         self._count = 0
+        self.send_anew()
+
+    def send_anew(self) -> None:
+        """Send it to the actor that its instance has now; it has not run."""
+        self._generator = self._send()
+        ref = self._generator._generator_ref
+        self._submitted = Submitted(ref, self._timeout_s, time.monotonic())
+        if not self._open:  # closed before it ran
+            self._instance.cancel(ref.task_id().hex())
 
     def next_item(self) -> Any:
         """Wait for the next item."""
         while True:
+            generator = self._generator
             try:
-                item = ray.get(next(self._generator))
+                item = ray.get(next(generator))
                 self._confirm()
                 return item
             except StopIteration:
                 self._open = False
                 raise
             except rays.RayError as error:
-                if self._is_sent_anew(error):
+                if self._is_sent_anew(generator, error):
                     continue
                 self._open = False
                 found = self._error(error)
@@ -438,8 +474,9 @@ class RayStream(ItemStream):
     async def anext_item(self) -> Any:
         """Await the next item."""
         while True:
+            generator = self._generator
             try:
-                item = await (await self._generator.__anext__())
+                item = await (await generator.__anext__())
                 self._confirm()
                 return item
             except StopAsyncIteration:
@@ -447,22 +484,17 @@ class RayStream(ItemStream):
                 raise
             except rays.RayError as error:
                 # Both ask the registry.
-                if await asyncio.to_thread(self._is_sent_anew, error):
+                if await asyncio.to_thread(self._is_sent_anew, generator, error):
                     continue
                 self._open = False
                 found = await asyncio.to_thread(self._error, error)
                 raise found from found.__cause__
 
-    def _is_sent_anew(self, error: rays.RayError) -> bool:
-        """Send it anew if its actor was moved before it ran."""
-        ref = self._generator._generator_ref
-        if self._again is None or self._count or not self._instance.never_ran(ref, error):
-            return False
-        self._generator = self._again()
-        self._submitted = Submitted(
-            self._generator._generator_ref, self._timeout_s, time.monotonic()
+    def _is_sent_anew(self, generator: Any, error: rays.RayError) -> bool:
+        """Tell whether it failed only on its way to an actor that was moved before it ran."""
+        return self._generator is not generator or (
+            self._instance.is_moving(error) and self._generator is not generator
         )
-        return True
 
     def _confirm(self) -> None:
         self._count += 1

@@ -141,13 +141,20 @@ def _wait_once(
         if started_badly or (request is not None and not request.reuse):
             client.close_instance(instance)
         raise found from found.__cause__
-    except PlacementError:
-        give_up(client, instance)
+    except PlacementError as error:
+        give_up(client, instance, error)
         raise
 
 
-def give_up(client: RayClient, instance: RayInstance) -> None:
-    """Close what waits for room in vain; what somebody else made waits on for those who want it."""
+def give_up(client: RayClient, instance: RayInstance, error: PlacementError) -> None:
+    """Close what waits for room in vain; what somebody else made waits on for those who want it.
+
+    Args:
+        client: of the instance.
+        instance: the one.
+        error: what its calls get that are on their way.
+    """
+    instance.failure = error
     if instance.placement is not None:
         client.close_instance(instance)
     elif not instance.handle.named:

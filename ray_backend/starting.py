@@ -39,7 +39,7 @@ class Starts:
     def watch(self, instance: RayInstance) -> None:
         """Look after an instance until it has room or is gone."""
         watch = PlacementWatch(self._client, instance)
-        instance.may_wait = True
+        instance.begin_waiting()
         with self._lock:
             self._watched[instance] = watch
             if self._thread is None:
@@ -63,7 +63,7 @@ class Starts:
                 watched = list(self._watched.items())
             for instance, watch in watched:
                 if self._look(instance, watch):
-                    instance.may_wait = False
+                    instance.end_waiting()
                     self.forget(instance)
 
     def _look(self, instance: RayInstance, watch: PlacementWatch[RayInstance]) -> bool:
@@ -74,9 +74,8 @@ class Starts:
         except MovedError:
             return False
         except PlacementError as error:
-            instance.failure = error
             with contextlib.suppress(Exception):  # the lease ends with this process
-                give_up(self._client, instance)
+                give_up(self._client, instance, error)
             return True
         except Exception:
             return False  # the GCS is away for a moment, or for good: then this process ends

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
@@ -30,11 +30,10 @@ from ray_backend.sandbox.engine.container import (
     LINK_DIRECTORY,
     BindMount,
     ContainerSpec,
-    gpu_ids_in,
 )
 from ray_backend.sandbox.engine.faults import FaultPoint, no_fault
 from ray_backend.sandbox.engine.images import ImageDefaults, ensure_image, image_defaults
-from ray_backend.sandbox.engine.labels import SESSION, OwnerLabels
+from ray_backend.sandbox.engine.labels import GPUS, SESSION, OwnerLabels
 from ray_backend.sandbox.engine.launch import Launched, launch
 from ray_backend.sandbox.engine.link import LinkOffer, LinkStream
 from ray_backend.sandbox.engine.network import internet_network, release_internet
@@ -246,15 +245,15 @@ async def find_container(plan: SandboxPlan, around: NodeSurroundings) -> Session
         if found.labels.get(SESSION) == plan.actor_name:
             await asyncio.to_thread(engine.remove, found.id)
         return None
-    config = await asyncio.to_thread(engine.api.inspect_container, found.id)
-    held = gpu_ids_in(config["HostConfig"])
-    if held != set(around.gpu_ids):
+    held = found.labels.get(GPUS, "")
+    if held != _joined(around.gpu_ids):
         await asyncio.to_thread(engine.remove, found.id)
         raise SandboxLostError(
-            f"{plan.label} was lost: its process was replaced and now holds the GPUs "
-            f"{_listed(around.gpu_ids)}, but its container has {_listed(held)}, which Ray may have "
-            f"given to somebody else meanwhile. Close it, and open it again under the same name."
+            f"{plan.label} was lost: its process was replaced and now holds GPU "
+            f"{_joined(around.gpu_ids)}, but its container has GPU {held}, which Ray may have given "
+            f"to somebody else meanwhile. Close it, and open it again under the same name."
         )
+    config = await asyncio.to_thread(engine.api.inspect_container, found.id)
     image = await asyncio.to_thread(image_defaults, engine, config["Image"])
     limited = bool((config["HostConfig"].get("StorageOpt") or {}).get("size"))
     disk_gb = plan.options.disk_gb
@@ -338,7 +337,7 @@ async def open_container(
             *(() if plan.named else (DIE_ON_EOF,)),
             *((OWNER, defaults.user) if defaults.user else ()),
         ),
-        labels=owner.as_labels(),
+        labels={**owner.as_labels(), GPUS: _joined(around.gpu_ids)},
         agent_volume=agent_volume,
         memory_mb=options.memory_mb,
         cpu=options.cpu,
@@ -467,5 +466,5 @@ def _mounts(engine: Engine, plan: SandboxPlan, around: NodeSurroundings) -> tupl
     return bind_volumes(engine, volumes, around.owner)
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+def _joined(gpu_ids: Sequence[str]) -> str:
+    return ",".join(sorted(gpu_ids))

@@ -128,12 +128,6 @@ def runtime_from_environment() -> str | None:
     return os.environ.get(RUNTIME_VARIABLE) or None
 
 
-def gpu_ids_in(host_config: Mapping[str, Any]) -> set[str]:
-    """Read the GPUs that `container_config` asked for back from a container's ``HostConfig``."""
-    requests = host_config.get("DeviceRequests") or ()
-    return {device for request in requests for device in request.get("DeviceIDs") or ()}
-
-
 def container_config(
     spec: ContainerSpec, *, api_version: tuple[int, int], limit_disk: bool
 ) -> dict[str, Any]:

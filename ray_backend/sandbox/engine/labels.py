@@ -16,6 +16,7 @@ __all__ = [
     "BUILD",
     "BUILD_UNFINISHED",
     "CLUSTER",
+    "GPUS",
     "NAMESPACE",
     "NETWORK",
     "SESSION",
@@ -33,6 +34,8 @@ AGENT = "apothic.agent"
 """On volumes: the digest of the agent that one holds, or is to hold."""
 AGENT_VOLUME = "apothic.agent.volume"
 """On the empty volume that says which one was filled first: its name."""
+GPUS = "apothic.gpus"
+"""On the container of a session: the GPUs that it was given, joined by commas."""
 NETWORK = "apothic.network"
 BRIDGE = "apothic.bridge"
 """On networks: the name of the bridge interface, which the firewall's rules name."""
