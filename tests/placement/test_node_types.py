@@ -92,6 +92,23 @@ def test_kuberay_has_the_same_node_types(launcher: dict[str, Any]) -> None:
         assert types[name]["max_workers"] == entry["max_workers"]
 
 
+def test_every_kuberay_worker_reaches_an_engine_of_its_own() -> None:
+    """Whose socket only root and one group may open: that of the user of Ray's images, 1000:100."""
+    cluster = yaml.safe_load(KUBERAY.read_text())
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        ray_container, engine = pod["containers"]
+        assert engine["args"] == ["--group=100"]
+        assert engine["securityContext"] == {"privileged": True}
+        shared = {each["name"]: each["mountPath"] for each in ray_container["volumeMounts"]}
+        mounted = {each["name"]: each["mountPath"] for each in engine["volumeMounts"]}
+        assert shared.items() <= mounted.items()
+        assert shared["docker-socket"] == "/var/run"
+        room = {each["name"]: each["emptyDir"].get("sizeLimit") for each in pod["volumes"]}
+        assert set(room) == set(mounted)
+        assert room["docker-data"] == f"{group['labels']['apothic.io/disk-gb']}Gi"
+
+
 def write(path: Path, node_types: Any) -> Path:
     file = path / "cluster.yaml"
     file.write_text(yaml.safe_dump({"available_node_types": node_types}))
