@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,40 @@ def test_the_cluster_file_installs_this_package_and_asks_for_the_token(
     assert any(f"ray[default]=={ray.__version__}" in line for line in launcher["setup_commands"])
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
         assert "RAY_AUTH_MODE=token" in launcher[commands][-1]
-    assert any("docker" in line for line in launcher["worker_setup_commands"])
+
+
+def test_the_cluster_file_leaves_no_image_and_no_python_to_chance(
+    launcher: dict[str, Any],
+) -> None:
+    """Ray's own default is an image of Ubuntu 18.04; workers with GPUs need one with a driver."""
+    for entry in launcher["available_node_types"].values():
+        image = entry["node_config"]["ImageId"]
+        assert image.startswith("ami-")
+        assert ("nvidia" in image) == ("GPU" in entry["resources"])
+    commands = launcher["setup_commands"]
+    [made] = [i for i, line in enumerate(commands) if "-m venv" in line]
+    version = re.search(r"python3\.(\d+) -m venv ~/(\S+)", commands[made])
+    assert version is not None
+    assert 10 <= int(version[1]) <= 13
+    [found] = [i for i, line in enumerate(commands) if ">>~/.bashrc" in line]
+    assert f'PATH="$HOME/{version[2]}/bin:$PATH"' in commands[found]
+    installs = [i for i, line in enumerate(commands) if line.startswith("pip install")]
+    assert made < found < min(installs)
+
+
+def test_workers_keep_an_engine_that_they_have_and_give_it_their_gpus(
+    launcher: dict[str, Any],
+) -> None:
+    install, _, toolkit = launcher["worker_setup_commands"]
+    assert install.startswith("command -v docker >/dev/null ||")
+    assert "if command -v nvidia-smi" in toolkit
+    assert "nvidia-ctk runtime configure --runtime=docker" in toolkit
+
+
+def test_commands_of_the_cluster_file_are_ones_of_bash(launcher: dict[str, Any]) -> None:
+    for name, commands in launcher.items():
+        for command in commands if name.endswith("_commands") else ():
+            subprocess.run(["bash", "-n", "-c", f"({command})"], check=True)
 
 
 def test_its_worker_types_are_offers() -> None:
