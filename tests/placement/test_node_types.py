@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from apothic import cli
 from apothic.constraints import PlacementConstraints
 from apothic.errors import InvalidOptionError
 from apothic.node_types import NodeType, read_node_types
@@ -90,6 +92,34 @@ def test_commands_of_the_cluster_file_are_ones_of_bash(launcher: dict[str, Any])
     for name, commands in launcher.items():
         for command in commands if name.endswith("_commands") else ():
             subprocess.run(["bash", "-n", "-c", f"({command})"], check=True)
+
+
+@pytest.mark.parametrize(
+    "page", [LAUNCHER, TOP / "docs" / "clusters.md"], ids=lambda page: page.name
+)
+def test_its_types_are_registered_where_the_file_is(launcher: dict[str, Any], page: Path) -> None:
+    """On the head: a program elsewhere could not connect by the head's address."""
+    [line] = [line for line in page.read_text().splitlines() if "ray exec" in line]
+    command = shlex.split(line.lstrip("# "))
+    assert command[:3] == ["ray", "exec", LAUNCHER.name]
+    token, program, *arguments = shlex.split(command[3])
+    assert (token, program) == ("RAY_AUTH_MODE=token", "apothic")
+    path = cli._parser().parse_args(arguments).file
+    place = path.replace("~", f"/home/{launcher['auth']['ssh_user']}").removesuffix("/cluster.yaml")
+    assert launcher["file_mounts"][place] == "."
+    assert not any("yaml" in pattern for pattern in launcher["rsync_exclude"])
+
+
+def test_the_dashboard_is_reached_through_a_tunnel(launcher: dict[str, Any]) -> None:
+    """It listens on the head alone, so no documented address names the head."""
+    kuberay = yaml.safe_load(KUBERAY.read_text())
+    host = kuberay["spec"]["headGroupSpec"]["rayStartParams"]["dashboard-host"]
+    assert f"--dashboard-host={host}" in launcher["head_start_ray_commands"][-1]
+    assert host == "127.0.0.1"
+    page = (TOP / "docs" / "clusters.md").read_text()
+    assert set(re.findall(r"--address (\S+:8265)", page)) == {"http://localhost:8265"}
+    assert "ray dashboard cluster.yaml" in page
+    assert f"port-forward svc/{kuberay['metadata']['name']}-head-svc 8265" in page
 
 
 def test_its_worker_types_are_offers() -> None:
