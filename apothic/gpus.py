@@ -11,10 +11,12 @@ https://www.nvidia.com/en-us/data-center/, workstations: …/design-visualizatio
 https://www.nvidia.com/en-us/geforce/graphics-cards/), the A10G datasheet for AWS G5, AMD's product pages
 (https://www.amd.com/en/products/accelerators/instinct.html) and Intel's
 (https://www.intel.com/content/www/us/en/products/details/discrete-gpus/data-center-gpu.html).
-For B200 and B300 a GPU's share of HGX B200 (1.44 TB, 600 TFLOPS) and HGX B300 (2.1 TB, 600 TFLOPS),
-for GB200 and GB300 that of GB200 NVL72 (186 GB a GPU, 5760 TFLOPS) and GB300 NVL72 (279 GB a GPU, 5760
-TFLOPS): as published for these systems, where sources differ a little. It is less than the 192 and 288
-GB that the chips were announced with, and no more than what their drivers report.
+For B200 and B300 a GPU's share of HGX B200 (1.44 TB, 600 TFLOPS) and HGX B300 (600 TFLOPS, and eight
+times the 270 GB that NVIDIA names it by in MLPerf, B300-SXM-270GB, which the datasheet cuts off to 2.1
+TB), for GB200 and GB300 that of GB200 NVL72 (186 GB a GPU, 5760 TFLOPS) and GB300 NVL72 (279 GB a GPU,
+5760 TFLOPS): as published for these systems, where sources differ a little. It is less than the 192 and
+288 GB that the chips were announced with, and no more than what their drivers report (275040 MiB for a
+B300).
 TFLOPS are peak FP32 without tensor cores. Names: ``ray.util.accelerators`` and
 ``ray._private.accelerators`` of Ray 2.60.
 """

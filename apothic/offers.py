@@ -75,8 +75,9 @@ class OfferFiltersModel(BaseModel):
     ``ValidationError`` with the same text from the constructor.
 
     Attributes:
-        gpu_name: the GPU; names are compared as `gpu` names are (case and brand do not count), and
-            one that this release does not know is compared as it is written.
+        gpu_name: the GPU; names mean what they mean for ``gpu`` (case and brand do not count, and
+            a label on memory picks the card of a family: ``A100-80GB``), and one that this release
+            does not know is compared as it is written.
         num_gpus: GPUs of the node. It does not take any: that is what ``gpu_count`` is for.
         gpu_ram: memory per GPU in MB.
         gpu_mem_bw: memory bandwidth per GPU in GB/s.

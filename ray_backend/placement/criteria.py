@@ -7,14 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 from apothic.constraints import PlacementConstraints
-from apothic.gpus import ANY_GPU, resolve_gpu
+from apothic.gpus import ANY_GPU
 from ray_backend.placement.criterion import (
     MEGABYTE,
     Criterion,
     Slice,
     figure,
+    is_gpu,
     offer_fact,
     places_of,
+    show_gpu,
 )
 from ray_backend.placement.filters import filter_criterion
 from ray_backend.placement.offers import Offer, ram_bytes
@@ -28,25 +30,9 @@ _SLACK = 1e-9
 def gpu_rank(offer: Offer, wanted: tuple[str, ...]) -> int | None:
     """Give the place of the offer's GPU in a list of preferences; None when it is not there."""
     for rank, name in enumerate(wanted):
-        if (name == ANY_GPU and offer.gpus) or _is_gpu(offer, name):
+        if (name == ANY_GPU and offer.gpus) or is_gpu(offer, name):
             return rank
     return None
-
-
-def _is_gpu(offer: Offer, name: str) -> bool:
-    spec = offer.gpu
-    if spec is None:
-        return False
-    if name in (spec.name, spec.family):
-        return True
-    wanted = resolve_gpu(name)
-    # A node that reports the family alone counts as its smallest card: `A100` as `A100-40G`.
-    return (
-        wanted is not None
-        and wanted.family == spec.name
-        and wanted.told_by_memory
-        and wanted.memory_gb == spec.memory_gb
-    )
 
 
 def compile_criteria(constraints: PlacementConstraints, part: Slice) -> list[Criterion]:
@@ -166,17 +152,8 @@ def _gpu(wanted: tuple[str, ...]) -> Criterion:
         " or ".join(wanted),
         lambda offer: offer if offer.gpus and (offer.gpu_types or ANY_GPU in wanted) else None,
         lambda offer: gpu_rank(offer, wanted) is not None,
-        _show_gpu,
+        show_gpu,
         "gpu",
-    )
-
-
-def _show_gpu(offer: Offer) -> str:
-    text = ", ".join(offer.gpu_types)
-    if offer.vram_mb is None:
-        return text
-    return f"{text} with {figure(offer.vram_mb / 1000, 'GB')}" + (
-        " (by name)" if "vram_mb" in offer.by_name else ""
     )
 
 

@@ -10,9 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from apothic.gpus import resolve_gpu, same_gpu_name
 from ray_backend.placement.offers import Offer
 
-__all__ = ["MEGABYTE", "Criterion", "Slice", "figure", "offer_fact", "places_of"]
+__all__ = [
+    "MEGABYTE",
+    "Criterion",
+    "Slice",
+    "figure",
+    "is_gpu",
+    "offer_fact",
+    "places_of",
+    "show_gpu",
+]
 
 MEGABYTE = 1_000_000
 """Bytes in the marketplace's megabyte; it forgives what a machine keeps to itself."""
@@ -120,3 +130,28 @@ def offer_fact(offer: Offer, fact: str) -> Any:
 def places_of(offer: Offer) -> tuple[str, ...] | None:
     """Give country and region, as far as they are stated."""
     return tuple(each for each in (offer.country, offer.region) if each) or None
+
+
+def is_gpu(offer: Offer, name: str) -> bool:
+    """Tell whether a name means the GPU of an offer; one that is not known must be as written."""
+    wanted, card = resolve_gpu(name), offer.gpu
+    if wanted is None:
+        return any(same_gpu_name(reported, name) for reported in offer.gpu_types)
+    if card is None:
+        return False
+    if wanted.name in (card.name, card.family):
+        return True
+    # A node that reports the family alone counts as its smallest card: `A100` as `A100-40G`.
+    return (
+        wanted.family == card.name and wanted.told_by_memory and wanted.memory_gb == card.memory_gb
+    )
+
+
+def show_gpu(offer: Offer) -> str:
+    """Write the names that an offer gives its GPU, and the memory that picks the card."""
+    text = ", ".join(offer.gpu_types)
+    if offer.vram_mb is None:
+        return text
+    return f"{text} with {figure(offer.vram_mb / 1000, 'GB')}" + (
+        " (by name)" if "vram_mb" in offer.by_name else ""
+    )

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-from apothic.gpus import same_gpu_name
 from apothic.offers import FILTER_FIELDS, FilterField, Operator
-from ray_backend.placement.criterion import MEGABYTE, Criterion, figure, offer_fact, places_of
+from ray_backend.placement.criterion import (
+    MEGABYTE,
+    Criterion,
+    figure,
+    is_gpu,
+    offer_fact,
+    places_of,
+    show_gpu,
+)
 from ray_backend.placement.offers import ram_bytes
 
 __all__ = ["filter_criterion"]
@@ -55,9 +61,9 @@ def filter_criterion(field: str, operator: Operator, value: Any) -> Criterion:
         return Criterion(
             parameter,
             wanted,
-            lambda o: o.gpu_types or None,
-            lambda names: _names_match(names, operator, items, same_gpu_name),
-            ", ".join,
+            lambda o: o if o.gpu_types else None,
+            lambda o: _found(operator, any(is_gpu(o, item) for item in items)),
+            show_gpu,
             "gpu",
         )
     if field == "geolocation":
@@ -65,8 +71,9 @@ def filter_criterion(field: str, operator: Operator, value: Any) -> Criterion:
             parameter,
             wanted,
             places_of,
-            lambda names: _names_match(
-                names, operator, items, lambda one, other: one.casefold() == other.casefold()
+            lambda places: _found(
+                operator,
+                any(has.casefold() == item.casefold() for has in places for item in items),
             ),
             ", ".join,
         )
@@ -96,13 +103,8 @@ def _shown(spec: FilterField, value: Any) -> str:
     return str(value).lower() if spec.kind == "flag" else str(value)
 
 
-def _names_match(
-    names: tuple[str, ...],
-    operator: Operator,
-    items: tuple[str, ...],
-    same: Callable[[str, str], bool],
-) -> bool:
-    found = any(same(name, item) for name in names for item in items)
+def _found(operator: Operator, found: bool) -> bool:
+    """Turn "one of the values is there" into what the operator says of it."""
     return found if operator in ("eq", "in") else not found
 
 
@@ -120,4 +122,4 @@ def _compare(has: Any, operator: Operator, value: Any) -> bool:
         found = has in items
     else:
         found = any(math.isclose(has, item, rel_tol=_SLACK) for item in items)
-    return found if operator in ("eq", "in") else not found
+    return _found(operator, found)

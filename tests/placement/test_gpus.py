@@ -121,6 +121,17 @@ def test_unknown_names_compare_as_written():
         ("GB300", 279, 8000, 80),
         ("H100", 80, 2000, 51),
         ("H200", 141, 4800, 60),
+        # NVIDIA's datasheets of the card; of V100 and A100 80 GB that of the PCIe card, the slower one.
+        ("T4", 16, 300, 8.1),
+        ("V100", 16, 900, 14),
+        ("A10G", 24, 600, 35),
+        ("A100-80G", 80, 1935, 19.5),
+        ("L4", 24, 300, 30.3),
+        ("L40S", 48, 864, 91.6),
+        ("GeForce-RTX-4090", 24, 1008, 82.6),
+        ("GeForce-RTX-5090", 32, 1792, 104.8),
+        # AMD's of the OAM module.
+        ("AMD-Instinct-MI300X-OAM", 192, 5300, 163.4),
     ],
 )
 def test_figures_of_the_datasheets(

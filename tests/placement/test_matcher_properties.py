@@ -106,7 +106,9 @@ def nodes_strategy(draw: st.DrawFn) -> list[dict[str, Any]]:
                     "country": st.sampled_from(["US", "DE"]),
                     "secure_cloud": st.sampled_from(["true", "false"]),
                     "disk_gb": st.sampled_from([100, 500]),
+                    "disk_bandwidth_mb_s": st.sampled_from([100, 1000]),
                     "internet_upload_mbps": st.sampled_from([10, 1000]),
+                    "internet_download_mbps": st.sampled_from([10, 1000]),
                 },
             )
         )
@@ -139,7 +141,9 @@ LADDERS: dict[str, list[Any]] = {
     "min_cpu_cores": [1, 8, 64],
     "min_cpu_ram_gb": [1, 4, 64],
     "min_cpu_ghz": [1, 3],
+    "min_disk_bandwidth_mb_s": [1, 1000],
     "min_internet_upload_mbps": [1, 1000],
+    "min_internet_download_mbps": [1, 1000],
     "secure_cloud_only": [False, True],
     "disk_gb": [1, 500],
     "offer_filters": [
@@ -149,6 +153,10 @@ LADDERS: dict[str, list[Any]] = {
         {"gpu_ram": {"gte": 30_000}, "dph_total": {"in": [1, 2]}},
     ],
 }
+
+
+def test_every_parameter_has_a_ladder():
+    assert set(LADDERS) == set(PlacementConstraints.model_fields)
 
 
 @st.composite

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from apothic import cli
 from apothic.constraints import PlacementConstraints
 from apothic.errors import InvalidOptionError
 from apothic.node_types import NodeType, read_node_types
@@ -54,7 +58,68 @@ def test_the_cluster_file_installs_this_package_and_asks_for_the_token(
     assert any(f"ray[default]=={ray.__version__}" in line for line in launcher["setup_commands"])
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
         assert "RAY_AUTH_MODE=token" in launcher[commands][-1]
-    assert any("docker" in line for line in launcher["worker_setup_commands"])
+
+
+def test_the_cluster_file_leaves_no_image_and_no_python_to_chance(
+    launcher: dict[str, Any],
+) -> None:
+    """Ray's own default is an image of Ubuntu 18.04; workers with GPUs need one with a driver."""
+    for entry in launcher["available_node_types"].values():
+        image = entry["node_config"]["ImageId"]
+        assert image.startswith("ami-")
+        assert ("nvidia" in image) == ("GPU" in entry["resources"])
+    commands = launcher["setup_commands"]
+    [made] = [i for i, line in enumerate(commands) if "-m venv" in line]
+    version = re.search(r"python3\.(\d+) -m venv ~/(\S+)", commands[made])
+    assert version is not None
+    assert 10 <= int(version[1]) <= 13
+    [found] = [i for i, line in enumerate(commands) if ">>~/.bashrc" in line]
+    assert f'PATH="$HOME/{version[2]}/bin:$PATH"' in commands[found]
+    installs = [i for i, line in enumerate(commands) if line.startswith("pip install")]
+    assert made < found < min(installs)
+
+
+def test_workers_keep_an_engine_that_they_have_and_give_it_their_gpus(
+    launcher: dict[str, Any],
+) -> None:
+    install, _, toolkit = launcher["worker_setup_commands"]
+    assert install.startswith("command -v docker >/dev/null ||")
+    assert "if command -v nvidia-smi" in toolkit
+    assert "nvidia-ctk runtime configure --runtime=docker" in toolkit
+
+
+def test_commands_of_the_cluster_file_are_ones_of_bash(launcher: dict[str, Any]) -> None:
+    for name, commands in launcher.items():
+        for command in commands if name.endswith("_commands") else ():
+            subprocess.run(["bash", "-n", "-c", f"({command})"], check=True)
+
+
+@pytest.mark.parametrize(
+    "page", [LAUNCHER, TOP / "docs" / "clusters.md"], ids=lambda page: page.name
+)
+def test_its_types_are_registered_where_the_file_is(launcher: dict[str, Any], page: Path) -> None:
+    """On the head: a program elsewhere could not connect by the head's address."""
+    [line] = [line for line in page.read_text().splitlines() if "ray exec" in line]
+    command = shlex.split(line.lstrip("# "))
+    assert command[:3] == ["ray", "exec", LAUNCHER.name]
+    token, program, *arguments = shlex.split(command[3])
+    assert (token, program) == ("RAY_AUTH_MODE=token", "apothic")
+    path = cli._parser().parse_args(arguments).file
+    place = path.replace("~", f"/home/{launcher['auth']['ssh_user']}").removesuffix("/cluster.yaml")
+    assert launcher["file_mounts"][place] == "."
+    assert not any("yaml" in pattern for pattern in launcher["rsync_exclude"])
+
+
+def test_the_dashboard_is_reached_through_a_tunnel(launcher: dict[str, Any]) -> None:
+    """It listens on the head alone, so no documented address names the head."""
+    kuberay = yaml.safe_load(KUBERAY.read_text())
+    host = kuberay["spec"]["headGroupSpec"]["rayStartParams"]["dashboard-host"]
+    assert f"--dashboard-host={host}" in launcher["head_start_ray_commands"][-1]
+    assert host == "127.0.0.1"
+    page = (TOP / "docs" / "clusters.md").read_text()
+    assert set(re.findall(r"--address (\S+:8265)", page)) == {"http://localhost:8265"}
+    assert "ray dashboard cluster.yaml" in page
+    assert f"port-forward svc/{kuberay['metadata']['name']}-head-svc 8265" in page
 
 
 def test_its_worker_types_are_offers() -> None:
@@ -90,6 +155,23 @@ def test_kuberay_has_the_same_node_types(launcher: dict[str, Any]) -> None:
     for name, entry in wanted.items():
         assert types[name]["min_workers"] == entry["min_workers"]
         assert types[name]["max_workers"] == entry["max_workers"]
+
+
+def test_every_kuberay_worker_reaches_an_engine_of_its_own() -> None:
+    """Whose socket only root and one group may open: that of the user of Ray's images, 1000:100."""
+    cluster = yaml.safe_load(KUBERAY.read_text())
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        ray_container, engine = pod["containers"]
+        assert engine["args"] == ["--group=100"]
+        assert engine["securityContext"] == {"privileged": True}
+        shared = {each["name"]: each["mountPath"] for each in ray_container["volumeMounts"]}
+        mounted = {each["name"]: each["mountPath"] for each in engine["volumeMounts"]}
+        assert shared.items() <= mounted.items()
+        assert shared["docker-socket"] == "/var/run"
+        room = {each["name"]: each["emptyDir"].get("sizeLimit") for each in pod["volumes"]}
+        assert set(room) == set(mounted)
+        assert room["docker-data"] == f"{group['labels']['apothic.io/disk-gb']}Gi"
 
 
 def write(path: Path, node_types: Any) -> Path:

@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from apothic.errors import InvalidOptionError, NoMatchingOfferError
+from apothic.gpus import resolve_gpu
 from apothic.offers import FILTER_FIELDS, OfferFiltersModel
-from tests.placement.nodes import full_node, place
+from tests.placement.nodes import full_node, node, place
 
 # What `full_node` has, and a value below and above (another one for text and flags).
 VALUES: dict[str, tuple[Any, Any, Any]] = {
@@ -79,11 +80,63 @@ def test_every_operator_on_every_field(field: str, operator: str, value: Any, ma
         place([full_node()], offer_filters=filters)
 
 
+CARDS: dict[str, dict[str, Any]] = {
+    "labelled A100 of 80 GB": {"gpu": "A100", "vram_gb": 80},
+    "labelled A100 of 40 GB": {"gpu": "A100", "vram_gb": 40},
+    "A100 that says no more": {"gpu": "A100"},
+    "A100-80G by Ray's name": {"gpu": "A100-80G"},
+    "RTX 6000 that is an Ada": {"gpu": "RTX-6000", "vram_gb": 49.14},
+    "MI300X of Hugging Face": {"gpu": "AMD-Instinct-MI300X-HF"},
+    "MI300X": {"gpu": "AMD-Instinct-MI300X-OAM"},
+    "T4": {"gpu": "T4"},
+    "one that nobody knows": {"gpu": "X-900", "vram_gb": 80},
+}
+NAMES = [
+    *("A100", "nvidia a100", "A100-80GB", "A100-80G", "a100 40gb", "RTX-6000", "RTX 6000 Ada"),
+    *("MI300X", "AMD-Instinct-MI300X-HF", "T4", "X-900", "x900", "X-901"),
+]
+
+
+def matches(constraints: dict[str, Any], **card: Any) -> bool:
+    try:
+        return bool(place([node("one", gpus=1, offer="one", **card)], **constraints).choices)
+    except NoMatchingOfferError:
+        return False
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("card", CARDS)
+def test_gpu_names_mean_what_they_mean_for_gpu(card: str, name: str):
+    def filtered(operator: str, value: Any) -> bool:
+        return matches({"offer_filters": {"gpu_name": {operator: value}}}, **CARDS[card])
+
+    if resolve_gpu(name) is not None:
+        same = matches({"gpu": name}, **CARDS[card])
+    else:
+        # `gpu` refuses a name that it does not know; here it is compared as it is written.
+        same = card == "one that nobody knows" and name in ("X-900", "x900")
+    assert filtered("eq", name) is same
+    assert filtered("neq", name) is not same
+    assert filtered("in", ["H100", name]) is same
+    assert filtered("notin", ["H100", name]) is not same
+
+
+def test_a_card_is_what_name_and_memory_amount_to():
+    asked = {"offer_filters": {"gpu_name": {"eq": "A100-80GB"}}}
+    assert matches(asked, gpu="A100", vram_gb=80)
+    assert not matches(asked, gpu="A100", vram_gb=40)
+    with pytest.raises(
+        NoMatchingOfferError, match=r"gpu_name\.neq +A100 with 80 GB +not A100-80GB"
+    ):
+        place(
+            [node("one", gpus=1, gpu="A100", vram_gb=80)],
+            offer_filters={"gpu_name": {"neq": "A100-80GB"}},
+        )
+
+
 @pytest.mark.parametrize("operator", ["eq", "neq", "in", "notin"])
 @pytest.mark.parametrize("field", ["dph_total", "verified", "geolocation", "gpu_ram"])
 def test_what_nobody_states_matches_no_operator(field: str, operator: str):
-    from tests.placement.nodes import node
-
     unlabelled = node("plain", gpus=1)
     value = VALUES[field][0]
     filters = {field: {operator: [value] if operator in ("in", "notin") else value}}
