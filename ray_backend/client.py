@@ -51,7 +51,14 @@ from ray_backend.manager_link import ManagerLink
 from ray_backend.moves import find_other_actor, take_over
 from ray_backend.names import NAMESPACE
 from ray_backend.placement.catalogue import Catalogue
-from ray_backend.placement.live import ClusterView, Placeable, explain, offers_table
+from ray_backend.placement.live import (
+    ClusterView,
+    Placeable,
+    Placement,
+    explain,
+    offers_table,
+    place,
+)
 from ray_backend.readiness import STOPPING_WAIT_S, wait_ready
 from ray_backend.registry import Registry
 from ray_backend.sandbox.sessions import Sandboxes
@@ -193,6 +200,10 @@ class RayClient(ControlPlaneClient):
         else:
             available = ray_api.free_resources()
         return ClusterView(ray_api.live_nodes(), available, self._catalogue.offers())
+
+    def place(self, view: ClusterView, options: ClassOptions) -> Placement:
+        """Decide where an instance goes."""
+        return place(view, options, homes(self.registry, options.mounts))
 
     def seat(self, actor_id: str) -> ray_api.ActorSeat | None:
         """Tell where an actor is, or what it waits for."""

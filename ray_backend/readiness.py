@@ -37,8 +37,7 @@ from apothic.errors import (
 )
 from apothic.options import ClassOptions
 from ray_backend import ray_api
-from ray_backend.launch import tied_nodes
-from ray_backend.placement.live import ClusterView, Placement, place
+from ray_backend.placement.live import ClusterView, Placement
 from ray_backend.placement.seats import holders, may_be_starting
 from ray_backend.translate import failure_inside, translate, was_never_sent
 
@@ -185,6 +184,7 @@ class Mover(Protocol[W]):
     def seats(self, state: str | None = None) -> list[ray_api.ActorSeat]: ...
     def find_spec(self, digest: str) -> ClassSpec | SandboxSpec | None: ...
     def view(self) -> ClusterView: ...
+    def place(self, view: ClusterView, options: ClassOptions) -> Placement: ...
     def move(self, instance: W) -> bool: ...
 
 
@@ -276,7 +276,7 @@ class PlacementWatch(Generic[W]):
         assert spec is not None  # the lease keeps it
         options = ClassOptions.model_validate(spec.options)
         view = self._client.view()
-        return place(view, options, tied_nodes(self._client.registry, options)), view
+        return self._client.place(view, options), view
 
     def _give_up(self) -> None:
         found, _ = self._place()

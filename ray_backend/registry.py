@@ -18,6 +18,8 @@ __all__ = ["Registry", "StartRecord"]
 
 _NAMESPACE = b"apothic-v1"
 _WORD_S = 3600.0
+_NO_ENGINE_S = 60.0
+"""Seconds after which a node without a Docker engine may be tried again: it may have one by now."""
 
 
 class StartRecord(NamedTuple):
@@ -264,6 +266,20 @@ class Registry:
         for actor_name in self.list_seats().get(node_id, ()):
             self.leave_seat(node_id, actor_name)
         self._delete(f"sandbox-node/{node_id}")
+        self._delete(f"no-engine/{node_id}")
+
+    def note_no_engine(self, node_id: str) -> None:
+        """Note that a session found no Docker engine on a node."""
+        self._put(f"no-engine/{node_id}", str(time.time()).encode(), overwrite=True)
+
+    def nodes_without_engine(self) -> set[str]:
+        """Name the nodes that had no Docker engine less than `_NO_ENGINE_S` ago."""
+        found = set()
+        for node_id in self._list("no-engine/"):
+            noted = self._get(f"no-engine/{node_id}")
+            if noted is not None and time.time() - float(noted) < _NO_ENGINE_S:
+                found.add(node_id)
+        return found
 
     # -- starts ----------------------------------------------------------------------------------
 

@@ -107,8 +107,18 @@ class SandboxActor:
         if not self._plan.may_open:
             return Unsettled(self._plan, self._node_id)
         self._loop = asyncio.get_running_loop()
-        await self._host.start()
+        try:
+            await self._host.start()
+        except SandboxStartError:
+            if self._host.no_engine is None:
+                raise
+            await asyncio.to_thread(self._note_no_engine)
+            return Unsettled(self._plan, self._node_id, self._host.no_engine)
         return None
+
+    def _note_no_engine(self) -> None:
+        self._registry.note_no_engine(self._node_id)
+        self._registry.leave_seat(self._node_id, self._plan.actor_name)
 
     async def apothic_status(self) -> dict[str, Any]:
         """Tell how it is."""

@@ -250,8 +250,9 @@ async def find_container(plan: SandboxPlan, around: NodeSurroundings) -> Session
         await asyncio.to_thread(engine.remove, found.id)
         raise SandboxLostError(
             f"{plan.label} was lost: its process was replaced and now holds GPU "
-            f"{_joined(around.gpu_ids)}, but its container has GPU {held}, which Ray may have given "
-            f"to somebody else meanwhile. Close it, and open it again under the same name."
+            f"{_joined(around.gpu_ids) or 'none'}, but its container has GPU {held or 'none'}, which "
+            f"Ray may have given to somebody else meanwhile. Close it, and open it again under the "
+            f"same name."
         )
     config = await asyncio.to_thread(engine.api.inspect_container, found.id)
     image = await asyncio.to_thread(image_defaults, engine, config["Image"])

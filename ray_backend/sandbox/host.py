@@ -31,6 +31,7 @@ from ray_backend.sandbox.containers import (
     remove_leftover,
     secret_variables,
 )
+from ray_backend.sandbox.engine.address import NoEngineError
 from ray_backend.sandbox.engine.faults import FaultPoint, no_fault
 from ray_backend.sandbox.plan import SandboxPlan
 
@@ -93,6 +94,7 @@ class SandboxHost:
         self._progress = ""
         self._interrupted = False
         self._engine_failed = False
+        self.no_engine: str | None = None
         self._since_unix_s = time.time()
 
     async def start(self) -> None:
@@ -169,6 +171,8 @@ class SandboxHost:
             await self._bring_up()
         except BaseException as error:
             await self._undo()
+            if isinstance(error, NoEngineError) and not self._restarted:
+                self.no_engine = str(error)
             if isinstance(error, SandboxLostError):
                 self._loss = error
                 self.state = "lost"
@@ -244,6 +248,8 @@ class SandboxHost:
         try:
             yield
         except SandboxEngineError as error:
+            if again and isinstance(error, NoEngineError):
+                raise  # nothing was made
             self._engine_failed = self._engine_failed or not isinstance(error, _ITSELF)
             if again:
                 raise

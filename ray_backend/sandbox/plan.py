@@ -40,15 +40,17 @@ class SessionOptions(NamedTuple):
 
 
 class Unsettled(NamedTuple):
-    """A session that is to be made again on the node that it got its room on.
+    """A session that is to be made again: on the node that it got its room on, or on another.
 
     Attributes:
         plan: of the session.
         node_id: the node.
+        no_engine: why it is not to be there: that node has no Docker engine. Else None.
     """
 
     plan: SandboxPlan
     node_id: str
+    no_engine: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ray import exceptions as rays
 from apothic.backend import SandboxRequest
 from apothic.errors import (
     BackendError,
+    NoMatchingOfferError,
     PlacementError,
     SandboxClosedError,
     SandboxLimitError,
@@ -77,6 +78,17 @@ class Sandboxes:
         """Look at the cluster."""
         return self.client.view()
 
+    def place(self, view: ClusterView, options: ClassOptions) -> Placement:
+        """Decide where a session goes: where it can be, not where no Docker engine was found."""
+        dry = self.registry.nodes_without_engine()
+        wet = [node for node in view.nodes if node["NodeID"] not in dry]
+        if len(wet) < len(view.nodes):
+            with contextlib.suppress(NoMatchingOfferError):
+                # A demand alone would reach the others, too.
+                found = place_with_volumes(self.registry, replace(view, nodes=wet), options)
+                return found.with_a_node()
+        return place_with_volumes(self.registry, view, options)
+
     def seat(self, actor_id: str) -> ActorSeat | None:
         """Tell where an actor is, or what it waits for."""
         return self.client.seat(actor_id)
@@ -119,11 +131,37 @@ class Sandboxes:
         Raises:
             NoMatchingOfferError: when nothing can run it any more; then it is gone.
         """
-        plan, node_id = unsettled
+        plan, node_id, _ = unsettled
 
         def make() -> Launched:
-            placement = self._place(self.view(), ClassOptions.model_validate(plan.spec.options))
+            placement = self.place(self.view(), ClassOptions.model_validate(plan.spec.options))
             return self._make(plan, placement.on_node(node_id).with_a_node())
+
+        launched = take_over(
+            self.client.manager, session.name, session.actor_id, make, has_room=True
+        )
+        if launched is not None:
+            mine = session.placement is not None
+            session.go_to(launched.actor, launched.placement if mine else None)
+        else:
+            time.sleep(_RETRY_STEP_S)
+
+    def go_elsewhere(self, session: RaySandbox, unsettled: Unsettled) -> None:
+        """Make a session again on another node than one that has no Docker engine.
+
+        Raises:
+            SandboxStartError: there is no other; then it is gone.
+        """
+        plan, node_id, reason = unsettled
+
+        def make() -> Launched:
+            placement = self.place(self.view(), ClassOptions.model_validate(plan.spec.options))
+            if placement.node_id == node_id or placement.is_free:
+                raise SandboxStartError(
+                    f"{session.label} could not be opened: {reason} (No other node of the cluster "
+                    f"can take it.)"
+                )
+            return self._make(plan, placement)
 
         launched = take_over(
             self.client.manager, session.name, session.actor_id, make, has_room=True
@@ -225,13 +263,23 @@ class Sandboxes:
         """Wait until a session takes verbs; what cannot is removed before the error is raised."""
         deadline = time.monotonic() + STOPPING_WAIT_S
         watch = PlacementWatch(self, session)
+        dry: set[str] = set()  # nodes without an engine, each tried once
         while True:
             try:
                 start = session.native.apothic_start.remote()
                 unsettled = watch.get(start, Progress(session))
                 if unsettled is None:
                     return
-                self.settle(session, unsettled)
+                if unsettled.no_engine is None:
+                    self.settle(session, unsettled)
+                    continue
+                if unsettled.node_id in dry:
+                    self._give_up(session)
+                    raise SandboxStartError(
+                        f"{session.label} could not be opened: {unsettled.no_engine}"
+                    )
+                dry.add(unsettled.node_id)
+                self.go_elsewhere(session, unsettled)
                 continue
             except MovedError:
                 continue
@@ -319,7 +367,7 @@ class Sandboxes:
             return Launched(found, None)
         options = ClassOptions.model_validate(request.spec.options)
         view = self.view()
-        placement = self._place(view, options)
+        placement = self.place(view, options)
         if request.named:
             placement = placement.with_a_node()
         env: bytes | None = pickle.dumps(dict(request.env))
@@ -337,9 +385,6 @@ class Sandboxes:
             arguments_digest=request.arguments_digest,
         )
         return self._make(plan, placement)
-
-    def _place(self, view: ClusterView, options: ClassOptions) -> Placement:
-        return place_with_volumes(self.registry, view, options)
 
     def _make(self, plan: SandboxPlan, placement: Placement) -> Launched:
         plan = replace(plan, settled=placement.node_id is not None)

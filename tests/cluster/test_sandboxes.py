@@ -275,3 +275,38 @@ def test_named_sessions_stay_with_their_container_and_are_lost_with_their_node(
     assert Registry().list_revivals() == []
     again.close()
     eventually(lambda: not Registry().list_leases(), 40)
+
+
+def visits(nodes: Nodes, name: str) -> int:
+    """Count the actors of sessions that were on a node."""
+    return sum(
+        each.class_name == "SandboxActor" and each.node_id == nodes.id(name)
+        for each in ray_api.actor_seats()
+    )
+
+
+def test_a_node_without_an_engine_is_passed_over(nodes: Nodes, sandbox: Define) -> None:
+    """Also one that would be the first choice; and not looked at again for a while."""
+    nowhere = {"DOCKER_HOST": "unix:///none/docker.sock"}
+    labels = {"apothic.io/country": "AQ", "apothic.io/cost-per-hour-usd": "0.1"}
+    nodes.add_offer("dry", environment=nowhere, labels=labels)
+    nodes.add_offer("wet", labels={**labels, "apothic.io/cost-per-hour-usd": "9"})
+    try:
+        box = sandbox(geolocation="AQ")
+        with box.create() as session:
+            assert node_of(nodes, session) == "wet"
+            assert visits(nodes, "dry") == 1
+            with box.create() as second, box.named("third") as third:
+                assert node_of(nodes, second) == node_of(nodes, third) == "wet"
+                third.close()
+            assert visits(nodes, "dry") == 1
+        eventually(lambda: not Registry().list_seats().get(nodes.id("dry")))
+        nodes.kill("wet")
+        for _ in range(2):
+            with pytest.raises(SandboxStartError, match=r"no Docker socket /none/docker\.sock"):
+                box.create()
+            with pytest.raises(SandboxStartError, match=r"no Docker socket /none/docker\.sock"):
+                box.named("fourth")
+    finally:
+        nodes.forget("dry")
+        nodes.forget("wet")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,6 +29,7 @@ from tests.docker.support import (
     start_python,
     with_container,
 )
+from tests.sandboxes.own_engine import own_engine
 from tests.support import eventually
 from tests.support import read_line as read_output
 
@@ -311,3 +314,22 @@ def test_name_is_taken(engine: Engine, owner: OwnerLabels):
 def test_program_is_missing(engine: Engine, owner: OwnerLabels):
     with pytest.raises(SandboxEngineError, match="no such file"):
         asyncio.run(launch(engine, spec_of(owner, "/none")))
+
+
+def test_a_container_without_gpus_does_not_run_where_an_image_could_take_them(
+    engine: Engine, owner: OwnerLabels
+):
+    """NVIDIA's runtime gives a container what its image asks for; this one only has its name."""
+    runc = shutil.which("runc")
+    assert runc is not None  # comes with the engine
+    with own_engine(engine, f"--add-runtime=nvidia={runc}", "--default-runtime=nvidia") as own:
+        other = own.connect()
+        with contextlib.closing(other):
+            assert other.info.default_runtime == "nvidia"
+            made = other.create_container(spec_of(owner, "true", agent_volume="none"))
+            try:
+                found = other.api.inspect_container(made.id)
+                assert found["HostConfig"]["Runtime"] == "runc"
+            finally:
+                other.remove(made.id)
+                other.api.remove_volume("none")

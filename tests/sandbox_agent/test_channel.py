@@ -23,7 +23,9 @@ from ray_backend.sandbox.agent.constants import (
 from ray_backend.sandbox.channel import (
     AgentChannel,
     AgentRequestError,
+    ChannelClosedError,
 )
+from ray_backend.sandbox.channel import channel as channel_module
 from tests.sandbox_agent.channel_harness import (
     DEADLINE_S,
     MIB,
@@ -55,6 +57,46 @@ Converse = Callable[[Callable[[AgentChannel], Awaitable[None]]], None]
 
 
 # Programs.
+
+
+def test_more_programs_than_an_agent_is_given_wait_their_turn(
+    converse: Converse, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(channel_module, "EXECS_MAX", 3)
+
+    async def conversation(channel: AgentChannel) -> None:
+        first = [await start(channel, "cat", stdin=True) for _ in range(3)]
+        more = [asyncio.ensure_future(start(channel, "echo", f"{n}")) for n in range(3)]
+        for _ in range(20):
+            await channel.stat(b"/")  # files have room of their own
+        assert not any(each.done() for each in more)
+        more.pop(0).cancel()  # its turn is the next one's
+        first[0].close_stdin()
+        assert await finish(first[0]) == (b"", b"")
+        assert await finish(await more[0]) == (b"1\n", b"")
+        assert await finish(await more[1]) == (b"2\n", b"")
+        for each in first[1:]:
+            each.close_stdin()
+            await finish(each)
+
+    converse(conversation)
+
+
+def test_who_waits_for_a_turn_is_told_of_the_end(
+    converse: Converse, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(channel_module, "EXECS_MAX", 1)
+
+    async def conversation(channel: AgentChannel) -> None:
+        await start(channel, "sleep", "1000")
+        more = [asyncio.ensure_future(start(channel, "true")) for _ in range(2)]
+        await channel.stat(b"/")
+        await channel.close()
+        for each in more:
+            with pytest.raises(ChannelClosedError):
+                await each
+
+    converse(conversation)
 
 
 def test_a_program_from_start_to_end(converse: Converse):

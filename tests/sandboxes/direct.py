@@ -107,7 +107,7 @@ class DirectRef(SandboxRef):
     def __init__(self, engine: DirectEngine, plan: SandboxPlan, named: bool) -> None:
         spec = plan.spec
         self._engine = engine
-        self._plan = plan
+        self.plan = plan
         self._loop = LoopThread()
         self._handle = SandboxHandle(
             cluster_id=engine.cluster_id,

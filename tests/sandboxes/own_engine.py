@@ -23,10 +23,10 @@ class OwnEngine:
     Without the namespace it would remove the machine's ``docker0``, which ``--bridge=none`` does.
     """
 
-    def __init__(self, directory: Path, *, live_restore: bool = False) -> None:
+    def __init__(self, directory: Path, *options: str) -> None:
         self._directory = directory
         self.host = f"unix://{directory}/sock"
-        self._options = ["--live-restore"] if live_restore else []
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -85,10 +85,10 @@ class OwnEngine:
 
 
 @contextlib.contextmanager
-def own_engine(template: Engine, *, live_restore: bool = False) -> Iterator[OwnEngine]:
-    """Run one that has the small base image."""
+def own_engine(template: Engine, *options: str) -> Iterator[OwnEngine]:
+    """Run one that has the small base image; ``options`` are dockerd's."""
     with tempfile.TemporaryDirectory(prefix="apothic-d", ignore_cleanup_errors=True) as directory:
-        own = OwnEngine(Path(directory), live_restore=live_restore)
+        own = OwnEngine(Path(directory), *options)
         own.start()
         try:
             with contextlib.closing(own.connect()) as engine:

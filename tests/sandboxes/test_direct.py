@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from apothic import App, Image, Sandbox
 from apothic.backend import use_client
+from apothic.errors import SandboxLostError
 from ray_backend.sandbox.engine.connection import Engine
+from ray_backend.sandbox.host import SandboxHost
 from tests.conformance.sandboxes.base import SMALL, SandboxSuite, marked
 from tests.conformance.sandboxes.execs import ExecConformance
 from tests.conformance.sandboxes.files import FileConformance
@@ -100,3 +103,25 @@ class TestUvloopExecs(OnUvloop, ExecConformance):
 
 class TestUvloopFiles(OnUvloop, FileConformance):
     pass
+
+
+def test_a_container_with_other_gpus_than_its_process_is_given_up(docker_engine: Engine) -> None:
+    """Ray may have given those of a process that died to somebody else."""
+    with in_place(docker_engine) as engine:
+        box = App("gpus").sandbox(name="s", image=IMAGE, **SMALL)
+        session = box.named("kept")
+        [ref] = engine.opened
+        around = replace(engine.around(ref.plan), gpu_ids=("1",))
+
+        async def come_back() -> None:
+            again = SandboxHost(ref.plan, around, restarted=True, was_ready=True)
+            with pytest.raises(
+                SandboxLostError, match=r"holds GPU 1, but its container has GPU none"
+            ):
+                await again.start()
+            assert again.state == "lost"
+            await again.stop()
+
+        asyncio.run(come_back())
+        assert left_of(docker_engine, engine.cluster_id) == []
+        session.close()

@@ -121,7 +121,7 @@ def test_killed_while_the_firewall_is_set(docker_engine: Engine):
 @pytest.mark.parametrize("how", ["restarted", "killed", "restarted with live-restore"])
 def test_engine(how: str, docker_engine: Engine, monkeypatch: pytest.MonkeyPatch):
     """Its sessions are lost and say so at once, also while it is away; a sweep clears the rest."""
-    with own_engine(docker_engine, live_restore="live-restore" in how) as own:
+    with own_engine(docker_engine, *(["--live-restore"] if "live-restore" in how else [])) as own:
         monkeypatch.setenv("DOCKER_HOST", own.host)
         backend = DirectEngine()
         previous = use_client(backend)

@@ -15,9 +15,13 @@ from docker.tls import TLSConfig
 from apothic.errors import SandboxEngineError
 from ray_backend.sandbox.engine.translate import START_COMMAND
 
-__all__ = ["EngineAddress"]
+__all__ = ["EngineAddress", "NoEngineError"]
 
 _DEFAULT = "unix:///var/run/docker.sock"
+
+
+class NoEngineError(SandboxEngineError):
+    """Nothing that answers as a Docker engine: another node may have one."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class EngineAddress:
         """Connect once.
 
         Raises:
-            SandboxEngineError: when nothing can be connected to; the message says why and what helps.
+            NoEngineError: when nothing can be connected to; the message says why and what helps.
         """
         path = self.socket_path
         try:
@@ -96,22 +100,22 @@ class EngineAddress:
                 probe.settimeout(timeout_s)
                 probe.connect(path)
         except FileNotFoundError:
-            raise SandboxEngineError(
+            raise NoEngineError(
                 f"there is no Docker socket {path} on this node. Install Docker (Debian, Ubuntu: "
                 f"sudo apt-get install docker.io) or start it: {START_COMMAND}; if the engine is "
                 f"elsewhere, set DOCKER_HOST."
             ) from None
         except PermissionError:
-            raise SandboxEngineError(
+            raise NoEngineError(
                 f"user {_user()} may not use the Docker socket {path}. Add it to the socket's "
                 f"group: 'sudo usermod -aG docker {_user()}', log in again, and restart Ray there."
             ) from None
         except ConnectionRefusedError:
-            raise SandboxEngineError(
+            raise NoEngineError(
                 f"no Docker engine listens at {self.url}. Start it: {START_COMMAND}."
             ) from None
         except OSError as error:
-            raise SandboxEngineError(
+            raise NoEngineError(
                 f"the Docker engine at {self.url} cannot be reached: {error}. Check DOCKER_HOST and "
                 f"the network, or start the engine: {START_COMMAND}."
             ) from None

@@ -14,7 +14,7 @@ from docker.api.client import APIClient
 from typing_extensions import Self
 
 from apothic.errors import ImageNotFoundError, SandboxEngineError
-from ray_backend.sandbox.engine.address import EngineAddress
+from ray_backend.sandbox.engine.address import EngineAddress, NoEngineError
 from ray_backend.sandbox.engine.container import ContainerSpec, container_config
 from ray_backend.sandbox.engine.info import EngineInfo
 from ray_backend.sandbox.engine.labels import OwnerLabels
@@ -137,7 +137,8 @@ class Engine:
             timeout_s: how long one request may take without a byte of an answer.
 
         Raises:
-            SandboxEngineError: no socket, refused, no answer, or too old; each says what helps.
+            NoEngineError: no socket, refused, or no answer; each says what helps.
+            SandboxEngineError: too old, which says so.
         """
         address = EngineAddress.find(docker_host)
         address.check(timeout_s=PROBE_TIMEOUT_S)
@@ -146,7 +147,7 @@ class Engine:
             try:
                 version = probe.version(api_version=False)
             except (requests.exceptions.Timeout, requests.exceptions.ConnectionError) as error:
-                raise SandboxEngineError(
+                raise NoEngineError(
                     f"what listens at {address.url} does not answer as a Docker engine: {error}. "
                     f"Look at its log (journalctl -u docker), or restart it: {START_COMMAND}."
                 ) from error
