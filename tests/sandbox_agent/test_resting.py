@@ -65,6 +65,47 @@ def test_nothing_of_one_exec_reaches_the_next(agent: Agent, tmp_path: Path):
     assert told.split()[-1] == first.stdout.strip()
 
 
+HARM = (
+    "renice -n 15 -p $PPID",
+    "taskset -p 1 $PPID",
+    "chrt --batch -p 0 $PPID",
+    "chrt --idle -p 0 $PPID",
+    "ionice -c 3 -p $PPID",
+)
+"""What a program can do to its keeper that children of that inherit."""
+LOOK = """
+import os, subprocess
+print(os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0), os.sched_getaffinity(0))
+print(subprocess.run(["ionice"], capture_output=True, check=True).stdout)
+for process in ("self", os.getppid()):
+    for name in ("oom_score_adj", "coredump_filter"):
+        print(open(f"/proc/{process}/{name}").read())
+"""
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_what_a_program_does_to_its_keeper_does_not_reach_the_next(any_agent: Agent, harm: str):
+    look = [sys.executable, "-S", "-c", LOOK]
+    fresh = any_agent.run(look)
+    assert fresh.exit.status == 0, fresh
+    harmed = any_agent.run(["sh", "-c", harm])
+    assert harmed.exit.status == 0, harmed
+    assert any_agent.run(look).stdout == fresh.stdout
+    keeper = resting(any_agent)
+    any_agent.run(["true"])
+    assert resting(any_agent) == keeper
+
+
+def test_one_that_is_not_wanted_any_more_ends_even_if_it_was_stopped(any_agent: Agent):
+    any_agent.run(["true"])
+    keeper = resting(any_agent)
+    os.setpriority(os.PRIO_PROCESS, keeper, 15)
+    os.kill(keeper, signal.SIGSTOP)
+    wait_until(lambda: state(keeper) == "T", "it is stopped")
+    assert any_agent.run(["true"]).exit.status == 0
+    assert resting(any_agent) != keeper
+
+
 def test_two_at_once_have_two(agent: Agent):
     agent.run(["true"])
     first = resting(agent)
