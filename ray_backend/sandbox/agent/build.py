@@ -30,6 +30,7 @@ SOURCES = (
     "hosts.c",
     "files.c",
     "keeper.c",
+    "leader.c",
     "identity.c",
     "tree.c",
     "wire.c",
