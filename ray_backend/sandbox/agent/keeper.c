@@ -4,10 +4,12 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -19,6 +21,7 @@
 
 #define RETRY_MS 5
 #define STRIKES 64
+#define STOPS_MAX 64
 #define FDS_MAX 8192 /* the agent lowers its own limit to this */
 
 uint64_t now_ns(void) {
@@ -72,28 +75,45 @@ static void close_others(const struct keeper_ends *ends) {
     close_between(next, ~0u);
 }
 
+/* Let go of who made this process its tracer (PTRACE_TRACEME) and has stopped for a signal. That
+   arrives, but for the SIGTRAP that execve sends only to the traced, which looks like one from the
+   process itself. */
+static void let_go(pid_t pid, int number) {
+    siginfo_t why;
+    if (number == SIGTRAP && ptrace(PTRACE_GETSIGINFO, pid, NULL, &why) == 0 &&
+        why.si_code == SI_USER && why.si_pid == pid)
+        number = 0;
+    ptrace(PTRACE_DETACH, pid, NULL, (void *)(intptr_t)number);
+}
+
 /* Collect everybody who ended; gives false when nobody is left. Until the agent is told that the
    leader has ended, the write ends of the pipes stay open here: it would only be woken by their
    closing just before. */
 static bool reap(struct keeping *k) {
-    int status;
+    int status, stops = 0;
     pid_t pid;
     bool ended_now = false;
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
-        if (pid == k->leader && !k->leader_ended) {
+    while (stops < STOPS_MAX && (pid = waitpid(-1, &status, WNOHANG)) > 0)
+        if (WIFSTOPPED(status)) {
+            stops++;
+            if (k->kill != KILLING)
+                let_go(pid, WSTOPSIG(status));
+        } else if (pid == k->leader && !k->leader_ended) {
             k->leader_ended = ended_now = true;
             k->status = status;
         }
+    if (stops == STOPS_MAX) /* some may stop without end: hear the agent, then go on */
+        raise(SIGCHLD);
     if (ended_now) {
-        k->all_told = pid != 0;
+        k->all_told = pid < 0;
         tell(k, (struct keeper_message){.verb = KEEPER_ENDED,
                                         .number = k->status,
-                                        .left = pid == 0,
+                                        .left = pid >= 0,
                                         .duration_ns = now_ns() - k->started_ns});
         close(k->ends->write[0]);
         close(k->ends->write[1]);
     }
-    return pid == 0;
+    return pid >= 0;
 }
 
 static void obey(struct keeping *k) {

@@ -182,6 +182,8 @@ void keepers_settle(void) {
     }
 }
 
+/* An orphan that has made us its tracer (PTRACE_TRACEME) comes here also when it stops, and stays
+   stopped until it is killed. */
 void keepers_reap(void) {
     int status;
     pid_t pid;
