@@ -23,6 +23,7 @@ TARGETS = ("x86_64", "aarch64")
 """What `platform.machine` says on Linux."""
 SOURCES = (
     "agent.c",
+    "gate.c",
     "streams.c",
     "exec.c",
     "keepers.c",
