@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,9 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
+
+import pytest
 
 T = TypeVar("T")
+
+IN_CI = bool(os.environ.get("CI"))
+
+as_root = pytest.mark.skipif(
+    os.geteuid() != 0 and not IN_CI, reason="only root can do what this test needs"
+)
+"""Marks tests that are skipped for others than root, and there fail in CI, which runs as root."""
 
 RUN_VARIABLE = "APOTHIC_TEST_RUN"
 """Every process that a test starts, however far down, has it in its environment."""
@@ -64,6 +74,20 @@ LOG = sys.argv[1]
 
 LIFE = ["init", "enter-one", "enter-two", "exit-four", "exit-three"]
 """What the log of a `Logged` instance says after its one whole life."""
+
+
+def unable(reason: str) -> NoReturn:
+    """Skip a test for want of what CI provides; there it fails, so that nothing hides."""
+    if IN_CI:
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def import_or_skip(module: str) -> None:
+    """Skip a test without a module that `make venv` installs; in CI it is an error."""
+    if IN_CI:
+        importlib.import_module(module)
+    pytest.importorskip(module)
 
 
 def driver_env(address: str | None) -> dict[str, str]:

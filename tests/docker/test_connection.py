@@ -21,6 +21,7 @@ from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.launch import Launched
 from ray_backend.sandbox.engine.translate import KNOWN_ERRORS, to_sandbox_error, translated
 from tests.docker.support import new_owner, read_line, spec_of, with_container
+from tests.support import as_root
 
 
 def test_every_error_of_the_library_is_known_and_translated():
@@ -62,7 +63,7 @@ def test_nobody_listens(tmp_path: Path):
         Engine.connect(f"tcp://127.0.0.1:{port}")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="switches the user")
+@as_root
 def test_refused():
     path = Path("/tmp") / f"apothic-test-{os.getpid()}.sock"
     with socket.socket(socket.AF_UNIX) as listener:

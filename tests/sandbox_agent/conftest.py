@@ -15,16 +15,25 @@ import pytest
 from ray_backend.sandbox.agent import build
 from ray_backend.sandbox.agent.binaries import agent_binary
 from tests.sandbox_agent.harness import Agent, running
+from tests.support import unable
 
 NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 
 
 @pytest.fixture(scope="session")
-def checked_agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiler() -> str:
+    """Give the system's C compiler: the agent with sanitizers and the programs of tests need it."""
+    if shutil.which("cc") is None:
+        unable("no C compiler (cc) on PATH")
+    return "cc"
+
+
+@pytest.fixture(scope="session")
+def checked_agent(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give the agent with sanitizers; where there is no compiler, the tests cannot run."""
-    if sys.platform != "linux" or shutil.which("cc") is None:
-        pytest.skip("the agent runs on Linux, and with sanitizers needs a C compiler (cc) on PATH")
-    return build.build_checked(tmp_path_factory.mktemp("agent") / "agent-checked")
+    if sys.platform != "linux":
+        pytest.skip("the agent runs on Linux")
+    return build.build_checked(tmp_path_factory.mktemp("agent") / "agent-checked", cc=compiler)
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +49,10 @@ def shipped_agent() -> Path:
 def namespace() -> tuple[str, ...]:
     """Give the words that make a command PID 1 of a namespace of its own."""
     if shutil.which("unshare") is None:
-        pytest.skip("no unshare (util-linux) on PATH")
+        unable("no unshare (util-linux) on PATH")
     tried = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True, check=False)
     if tried.returncode != 0:
-        pytest.skip(f"no process-id namespace can be made here: {tried.stderr.strip()}")
+        unable(f"no process-id namespace can be made here: {tried.stderr.strip()}")
     return NAMESPACE
 
 

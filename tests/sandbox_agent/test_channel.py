@@ -179,7 +179,7 @@ def test_a_program_that_does_not_read_stalls_only_itself(converse: Converse):
         assert await finish(await start(channel, "echo", "others")) == (b"others\n", b"")
         assert not writing.done()
         await process.kill(discard_output=True)
-        assert not await writing
+        await writing  # of a closed pipe the agent may have taken all before it told of the end
 
     converse(conversation)
 

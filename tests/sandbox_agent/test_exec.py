@@ -13,6 +13,7 @@ import pytest
 from ray_backend.sandbox.agent.constants import Stage
 from ray_backend.sandbox.protocol import Exited, Output
 from tests.sandbox_agent.harness import Agent, keepers, state, wait_until
+from tests.support import as_root
 
 PYTHON = sys.executable
 MIB = 1 << 20
@@ -145,7 +146,7 @@ def test_the_path_of_the_program_decides(agent: Agent, tmp_path: Path):
     assert agent.run(["./program"], cwd=bytes(tmp_path / "one")).stdout == b"one\n"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@as_root
 def test_users(agent: Agent):
     def who(user: bytes) -> str:
         return agent.run(["sh", "-c", "echo $(id -u):$(id -g):$HOME"], user=user).stdout.decode()
@@ -161,7 +162,7 @@ def test_users(agent: Agent):
     assert (failed.errno, failed.stage) == (errno.ENOENT, Stage.USER)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@as_root
 def test_an_agent_that_is_not_root(launch: Callable[..., Agent], checked_agent: Path):
     def become_nobody() -> None:
         os.setgroups([])

@@ -14,6 +14,7 @@ import pytest
 from ray_backend.sandbox.agent.constants import Channel, FrameType, WriteFlag
 from ray_backend.sandbox.protocol import Done, Failed, Granted, Opened, Output, encode_frame
 from tests.sandbox_agent.harness import Agent, memory_kib
+from tests.support import as_root, unable
 
 MIB = 1 << 20
 NAMES = [
@@ -237,7 +238,7 @@ def test_modes_of_new_files(agent: Agent, tmp_path: Path):
     assert failure(done) == errno.EEXIST
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@as_root
 def test_what_is_new_belongs_to_the_owner(launch: Callable[..., Agent], tmp_path: Path):
     agent = launch("--owner", "1234:567")
 
@@ -416,7 +417,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        unable(f"no file system can be mounted here: {done.stderr.strip()}")
     yield place
     subprocess.run(["umount", str(place)], check=True)
 

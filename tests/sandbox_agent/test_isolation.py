@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.sandbox_agent.harness import Agent
+from tests.support import unable
 
 PR_CAPBSET_DROP = 24
 CONTAINER = {0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31}
@@ -24,7 +25,7 @@ SYS_CHROOT, MKNOD, AUDIT_WRITE, SETFCAP: what Docker leaves to root."""
 @pytest.fixture
 def confined(launch: Callable[..., Agent], namespace: tuple[str, ...]) -> Agent:
     if os.geteuid() != 0:
-        pytest.skip("only root can be confined")
+        unable("only root can be confined")
     # The bounding set counts from the next execve on: that of the agent.
     cut = (
         "import ctypes,os,sys; c = ctypes.CDLL(None);"

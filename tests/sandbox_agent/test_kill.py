@@ -119,11 +119,11 @@ def limited() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def fork_loop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fork_loop(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a program that forks without end where that is limited; see its source."""
     program = tmp_path_factory.mktemp("forkloop") / "forkloop"
     source = Path(__file__).with_name("forkloop.c")
-    subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-o", program, source], check=True)
+    subprocess.run([compiler, "-O1", "-Wall", "-Werror", "-o", program, source], check=True)
     return program
 
 

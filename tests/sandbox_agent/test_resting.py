@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -34,11 +35,20 @@ def test_a_series_of_execs_has_one_keeper(any_agent: Agent):
 def test_it_keeps_nothing_open(agent: Agent):
     agent.run(["true"])
     keeper = resting(agent)
-    before = len(os.listdir(f"/proc/{keeper}/fd"))
+
+    def holds() -> dict[str, str]:
+        found = {}
+        for fd in os.listdir(f"/proc/{keeper}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed just now
+                found[fd] = os.readlink(f"/proc/{keeper}/fd/{fd}")
+        return {} if any(place.startswith("pipe:") for place in found.values()) else found
+
+    wait_until(lambda: bool(holds()), "the first exec's pipes are closed")
+    before = holds()
     for stdin in (None, b"x", b"y" * 300_000):
         assert agent.run(["sh", "-c", "cat >/dev/null; echo"], stdin=stdin).stdout == b"\n"
     assert resting(agent) == keeper
-    assert len(os.listdir(f"/proc/{keeper}/fd")) == before
+    wait_until(lambda: holds() == before, "nothing more is open")
 
 
 def test_nothing_of_one_exec_reaches_the_next(agent: Agent, tmp_path: Path):
@@ -63,6 +73,49 @@ def test_nothing_of_one_exec_reaches_the_next(agent: Agent, tmp_path: Path):
     assert resting(agent) != keeper
     assert told == fresh
     assert told.split()[-1] == first.stdout.strip()
+
+
+HARM = (
+    "renice -n 15 -p $PPID",
+    "taskset -p 1 $PPID",
+    "chrt --batch -p 0 $PPID",
+    "chrt --idle -p 0 $PPID",
+    "ionice -c 3 -p $PPID",
+    "echo 1000 >/proc/$PPID/oom_score_adj",
+    "echo 1 >/proc/$PPID/coredump_filter",
+)
+"""What a program can do to its keeper that children of that inherit."""
+LOOK = """
+import os, subprocess
+print(os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0), os.sched_getaffinity(0))
+print(subprocess.run(["ionice"], capture_output=True, check=True).stdout)
+for process in ("self", os.getppid()):
+    for name in ("oom_score_adj", "coredump_filter"):
+        print(open(f"/proc/{process}/{name}").read())
+"""
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_what_a_program_does_to_its_keeper_does_not_reach_the_next(any_agent: Agent, harm: str):
+    look = [sys.executable, "-S", "-c", LOOK]
+    fresh = any_agent.run(look)
+    assert fresh.exit.status == 0, fresh
+    harmed = any_agent.run(["sh", "-c", harm])
+    assert harmed.exit.status == 0, harmed
+    assert any_agent.run(look).stdout == fresh.stdout
+    keeper = resting(any_agent)
+    any_agent.run(["true"])
+    assert resting(any_agent) == keeper
+
+
+def test_one_that_is_not_wanted_any_more_ends_even_if_it_was_stopped(any_agent: Agent):
+    any_agent.run(["true"])
+    keeper = resting(any_agent)
+    os.setpriority(os.PRIO_PROCESS, keeper, 15)
+    os.kill(keeper, signal.SIGSTOP)
+    wait_until(lambda: state(keeper) == "T", "it is stopped")
+    assert any_agent.run(["true"]).exit.status == 0
+    assert resting(any_agent) != keeper
 
 
 def test_two_at_once_have_two(agent: Agent):

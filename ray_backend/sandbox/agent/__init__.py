@@ -2,6 +2,6 @@
 
 `constants` holds the numbers that both sides of the protocol share, `build` compiles the program,
 `binaries` gives what was compiled. The C is meant to be read in this order: ``constants.h``
-(generated), ``wire.h``, ``agent.h``, ``agent.c``, ``exec.c``, ``keepers.c``, ``keeper.c``,
-``identity.h``, ``tree.c``, ``transfer.c``, ``files.c``.
+(generated), ``wire.h``, ``agent.h``, ``agent.c``, ``gate.c``, ``exec.c``, ``keepers.c``,
+``keeper.c``, ``leader.c``, ``identity.h``, ``tree.c``, ``transfer.c``, ``files.c``.
 """

@@ -1,6 +1,6 @@
 /* What the parts of the agent share: the tables, the output buffer, and who serves what.
-   agent.c has the loop, the gate and the clients, streams.c the table, exec.c the execs, keepers.c
-   who keeps them, transfer.c the files, hosts.c the name of this machine. */
+   agent.c has the loop, gate.c the client and its frames, streams.c the table, exec.c the execs,
+   keepers.c who keeps them, transfer.c the files, hosts.c the name of this machine. */
 #ifndef APOTHIC_AGENT_H
 #define APOTHIC_AGENT_H
 
@@ -59,15 +59,20 @@ extern struct stream streams[STREAMS_MAX];
 extern size_t streams_used; /* slots beyond are free */
 extern struct buffer out;
 extern int signals_fd;
+extern bool pid_one;
 extern struct agent_origin origin;
 
 /* agent.c */
 /* How many processes of this container the kernel has killed for lack of memory. */
 uint64_t oom_kills(void);
-void protocol_error(const char *why);
 size_t poll_add(int fd, short events); /* gives the slot */
 bool poll_ready(size_t slot);
 void wake_at(uint64_t at_ns);
+
+/* gate.c */
+/* Take the frames that have come; gives true if some are left because there is no room to answer. */
+bool take_frames(struct buffer *in);
+void protocol_error(const char *why);
 
 /* streams.c */
 bool room_for_control(void);

@@ -23,6 +23,7 @@ TARGETS = ("x86_64", "aarch64")
 """What `platform.machine` says on Linux."""
 SOURCES = (
     "agent.c",
+    "gate.c",
     "streams.c",
     "exec.c",
     "keepers.c",
@@ -30,6 +31,7 @@ SOURCES = (
     "hosts.c",
     "files.c",
     "keeper.c",
+    "leader.c",
     "identity.c",
     "tree.c",
     "wire.c",

@@ -4,201 +4,31 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "identity.h"
+#include "leader.h"
 #include "tree.h"
 
-#define OOM_SCORE_MORE 100
 #define RETRY_MS 5
 #define STRIKES 64
+#define STOPS_MAX 64
 #define FDS_MAX 8192 /* the agent lowers its own limit to this */
-#define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-struct failure {
-    int32_t error;
-    uint32_t stage;
-};
 
 uint64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
-
-/* ---- the leader ---- */
-
-static const char *environment_value(char *const envp[], const char *name) {
-    size_t n = strlen(name);
-    for (; *envp != NULL; envp++)
-        if (strncmp(*envp, name, n) == 0 && (*envp)[n] == '=')
-            return *envp + n + 1;
-    return NULL;
-}
-
-/* execve that returns why not. A script whose interpreter is missing gives ENOENT too. */
-static int try_program(const char *path, char *const argv[], char *const envp[], uint32_t *stage) {
-    execve(path, argv, envp);
-    int error = errno;
-    if (error == ENOENT && access(path, F_OK) == 0)
-        *stage = STAGE_INTERPRETER;
-    return error;
-}
-
-/* Look for the program as execvp does, in the PATH that the program itself will see. */
-static int run_program(char *const argv[], char *const envp[], uint32_t *stage) {
-    const char *name = argv[0];
-    if (strchr(name, '/') != NULL || name[0] == '\0')
-        return try_program(name, argv, envp, stage);
-    const char *at = environment_value(envp, "PATH");
-    if (at == NULL)
-        at = DEFAULT_PATH;
-    int result = ENOENT;
-    for (;;) {
-        char candidate[PATH_MAX_BYTES + 1];
-        size_t n = strcspn(at, ":");
-        int length = snprintf(candidate, sizeof candidate, "%.*s/%s", n > 0 ? (int)n : 1,
-                              n > 0 ? at : ".", name);
-        if (n <= PATH_MAX_BYTES && length > 0 && (size_t)length < sizeof candidate) {
-            uint32_t missing = STAGE_PROGRAM;
-            int error = try_program(candidate, argv, envp, &missing);
-            if (missing == STAGE_INTERPRETER) {
-                *stage = missing;
-                return error;
-            }
-            if (error == EACCES)
-                result = error;
-            else if (error != ENOENT && error != ENOTDIR && error != ENAMETOOLONG && error != ELOOP)
-                return error;
-        }
-        if (at[n] == '\0')
-            return result;
-        at += n + 1;
-    }
-}
-
-/* When memory runs out, programs go before the agent. */
-static void prefer_for_oom(void) {
-    static char text[16]; /* the same for each leader of a keeper */
-    static int length;
-    int fd = open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
-    if (fd < 0)
-        return;
-    if (length == 0 && read(fd, text, sizeof text - 1) > 0) {
-        long score = strtol(text, NULL, 10) + OOM_SCORE_MORE;
-        length = snprintf(text, sizeof text, "%ld", score > 1000 ? 1000 : score);
-    }
-    if (write(fd, text, (size_t)length) < 0) {
-        /* the score stays: nothing depends on it */
-    }
-    close(fd);
-}
-
-/* Give what reads like an empty file, for this keeper's leaders. */
-static int open_null(void) {
-    static int null = -1;
-    int ends[2];
-    if (null < 0)
-        null = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    if (null < 0 && pipe2(ends, O_CLOEXEC) == 0) {
-        close(ends[1]); /* an image without /dev/null: a pipe that nobody writes to reads the same */
-        null = ends[0];
-    }
-    return null;
-}
-
-#define FEW_POINTERS 256
-
-static char **many_pointers; /* of the leader that starts */
-
-/* Lay argv and envp out, valid until the next call; NULL where there is no room. */
-static char **lay_out(const struct exec_request *request, const struct identity *who,
-                      char ***envp) {
-    static char *few[FEW_POINTERS], home[sizeof "HOME=" + PATH_MAX_BYTES];
-    size_t count = (size_t)request->argc + request->envc + 3;
-    /* The kernel takes 6 MiB of strings and pointers; a hostile count of empty strings less. */
-    if (count > FEW_POINTERS && count <= REQUEST_MAX / sizeof *many_pointers)
-        many_pointers = malloc(count * sizeof *many_pointers);
-    char **argv = count > FEW_POINTERS ? many_pointers : few;
-    if (argv == NULL)
-        return NULL;
-    const char *at = request->strings;
-    for (uint32_t i = 0; i < request->argc; i++, at += strlen(at) + 1)
-        argv[i] = (char *)at;
-    argv[request->argc] = NULL;
-    *envp = argv + request->argc + 1;
-    uint32_t last = request->envc;
-    for (uint32_t i = 0; i < last; i++, at += strlen(at) + 1)
-        (*envp)[i] = (char *)at;
-    (*envp)[last] = NULL;
-    if (who->given && environment_value(*envp, "HOME") == NULL) {
-        snprintf(home, sizeof home, "HOME=%s", who->home);
-        (*envp)[last++] = home;
-        (*envp)[last] = NULL;
-    }
-    return argv;
-}
-
-/* Become the program, or give why not. This runs in a vfork child, on the keeper's memory. */
-static struct failure leader_run(char **argv, char **envp, const struct exec_request *request,
-                                 const struct keeper_ends *ends, int input,
-                                 const struct identity *who, const struct agent_origin *origin) {
-    struct failure failure = {0, STAGE_START};
-    sigset_t none;
-    setsid();
-    prefer_for_oom();
-    setrlimit(RLIMIT_NOFILE, &origin->files);
-    if (dup2(input, 0) < 0 || dup2(ends->write[0], 1) < 0 || dup2(ends->write[1], 2) < 0)
-        return failure.error = errno, failure;
-    failure.stage = STAGE_USER;
-    if ((failure.error = become(who, origin->gid)) != 0)
-        return failure;
-    failure.stage = STAGE_CWD;
-    if (chdir(request->cwd) != 0)
-        return failure.error = errno, failure;
-    failure.stage = STAGE_PROGRAM;
-    sigemptyset(&none);
-    sigprocmask(SIG_SETMASK, &none, NULL);
-    failure.error = run_program(argv, envp, &failure.stage);
-    return failure;
-}
-
-/* Start the leader and wait until it has become the program, or told why it could not: they share
-   their memory until then. vfork costs a third of fork here. */
-static pid_t leader_start(const struct exec_request *request, const struct keeper_ends *ends,
-                          const struct identity *who, const struct agent_origin *origin,
-                          struct failure *failure) {
-    static volatile struct failure told;
-    char **envp, **argv = lay_out(request, who, &envp);
-    int input = ends->input >= 0 ? ends->input : open_null();
-    *failure = (struct failure){argv == NULL ? E2BIG : errno, STAGE_START};
-    if (argv == NULL || input < 0)
-        return -1;
-    told.error = 0;
-    pid_t pid = vfork();
-    if (pid == 0) {
-        struct failure mine = leader_run(argv, envp, request, ends, input, who, origin);
-        told.stage = mine.stage;
-        told.error = mine.error;
-        _exit(127);
-    }
-    *failure = (struct failure){pid < 0 ? errno : told.error, told.stage};
-    if (pid < 0)
-        failure->stage = STAGE_START;
-    free(many_pointers);
-    many_pointers = NULL;
-    return pid;
-}
-
-/* ---- the keeper ---- */
 
 struct keeping {
     const struct keeper_ends *ends;
@@ -245,28 +75,45 @@ static void close_others(const struct keeper_ends *ends) {
     close_between(next, ~0u);
 }
 
+/* Let go of who made this process its tracer (PTRACE_TRACEME) and has stopped for a signal. That
+   arrives, but for the SIGTRAP that execve sends only to the traced, which looks like one from the
+   process itself. */
+static void let_go(pid_t pid, int number) {
+    siginfo_t why;
+    if (number == SIGTRAP && ptrace(PTRACE_GETSIGINFO, pid, NULL, &why) == 0 &&
+        why.si_code == SI_USER && why.si_pid == pid)
+        number = 0;
+    ptrace(PTRACE_DETACH, pid, NULL, (void *)(intptr_t)number);
+}
+
 /* Collect everybody who ended; gives false when nobody is left. Until the agent is told that the
    leader has ended, the write ends of the pipes stay open here: it would only be woken by their
    closing just before. */
 static bool reap(struct keeping *k) {
-    int status;
+    int status, stops = 0;
     pid_t pid;
     bool ended_now = false;
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
-        if (pid == k->leader && !k->leader_ended) {
+    while (stops < STOPS_MAX && (pid = waitpid(-1, &status, WNOHANG)) > 0)
+        if (WIFSTOPPED(status)) {
+            stops++;
+            if (k->kill != KILLING)
+                let_go(pid, WSTOPSIG(status));
+        } else if (pid == k->leader && !k->leader_ended) {
             k->leader_ended = ended_now = true;
             k->status = status;
         }
+    if (stops == STOPS_MAX) /* some may stop without end: hear the agent, then go on */
+        raise(SIGCHLD);
     if (ended_now) {
-        k->all_told = pid != 0;
+        k->all_told = pid < 0;
         tell(k, (struct keeper_message){.verb = KEEPER_ENDED,
                                         .number = k->status,
-                                        .left = pid == 0,
+                                        .left = pid >= 0,
                                         .duration_ns = now_ns() - k->started_ns});
         close(k->ends->write[0]);
         close(k->ends->write[1]);
     }
-    return pid == 0;
+    return pid >= 0;
 }
 
 static void obey(struct keeping *k) {
@@ -395,6 +242,34 @@ static void keeper_exec(const struct exec_request *request, void *memory,
 
 /* ---- one exec after another ---- */
 
+/* What root in the sandbox can write about this process, although it is fenced, and its children
+   inherit. Put back each time: to look at it from the agent costs ten times as much. */
+static struct trait {
+    const char *path;
+    int base, fd;
+    char text[24];
+    size_t length;
+} traits[] = {{.path = "/proc/self/oom_score_adj", .base = 10},
+              {.path = "/proc/self/coredump_filter", .base = 16}};
+#define TRAITS (sizeof traits / sizeof traits[0])
+
+static void keep_traits(void) {
+    for (struct trait *t = traits; t < traits + TRAITS; t++) {
+        char text[sizeof t->text] = "";
+        t->fd = open(t->path, O_RDWR | O_CLOEXEC);
+        if (t->fd >= 0 && read(t->fd, text, sizeof text - 1) > 0)
+            t->length = (size_t)snprintf(t->text, sizeof t->text, "%ld",
+                                         strtol(text, NULL, t->base));
+    }
+}
+
+static void restore_traits(void) {
+    for (const struct trait *t = traits; t < traits + TRAITS; t++)
+        if (t->length > 0 && pwrite(t->fd, t->text, t->length, 0) < 0) {
+            /* it stays: no exec is worth less for it */
+        }
+}
+
 #define ENDS_MAX 5
 
 union ends_control {
@@ -462,10 +337,12 @@ static _Noreturn void keeper_run(const struct exec_request *first, void *memory,
     sigfillset(&all);
     sigprocmask(SIG_SETMASK, &all, NULL);
     close_others(&ends);
+    keep_traits();
     for (;;) {
         keeper_exec(&request, memory, &ends, origin);
         memory = NULL;
         wait_for_next(&ends, &request);
+        restore_traits();
     }
 }
 

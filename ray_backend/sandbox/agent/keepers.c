@@ -3,8 +3,12 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
+#include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -76,16 +80,28 @@ void keeper_tell(struct keeper *k, enum keeper_verb verb, int32_t number) {
     }
 }
 
-void keeper_kill(struct keeper *k, uint32_t grace_ms) {
-    if (grace_ms > INT32_MAX)
-        grace_ms = INT32_MAX;
+/* See to it that one which is to end does. */
+static void keeper_limit(struct keeper *k, uint32_t grace_ms) {
     uint64_t patience = now_ns() + ((uint64_t)grace_ms + KEEPER_PATIENCE_MS) * 1000000u;
     if (k->patience_ns == 0 || patience < k->patience_ns)
         k->patience_ns = patience;
-    if (k->waits) { /* nothing is left to kill */
-        k->waits = false;
-        close_fd(&k->socket);
-    }
+}
+
+/* Have one that waits end in place of taking another exec. */
+static void keeper_dismiss(struct keeper *k) {
+    k->waits = false;
+    keeper_limit(k, 0);
+    if (!k->dead)
+        kill(k->pid, SIGCONT); /* code of the same user may have stopped it */
+    close_fd(&k->socket);
+}
+
+void keeper_kill(struct keeper *k, uint32_t grace_ms) {
+    if (grace_ms > INT32_MAX)
+        grace_ms = INT32_MAX;
+    keeper_limit(k, grace_ms);
+    if (k->waits) /* nothing is left to kill */
+        keeper_dismiss(k);
     keeper_tell(k, KEEPER_KILL, (int32_t)grace_ms);
 }
 
@@ -125,8 +141,7 @@ static void keeper_listen(struct keeper *k) {
 /* Keep one that has nothing more to do for the next exec, and let the others end. */
 static void keeper_rest(struct keeper *k) {
     if (resting != NULL || k->kills > 0 || k->patience_ns != 0) {
-        k->waits = false;
-        close_fd(&k->socket);
+        keeper_dismiss(k);
         return;
     }
     resting = k;
@@ -167,6 +182,8 @@ void keepers_settle(void) {
     }
 }
 
+/* An orphan that has made us its tracer (PTRACE_TRACEME) comes here also when it stops, and stays
+   stopped until it is killed. */
 void keepers_reap(void) {
     int status;
     pid_t pid;
@@ -246,6 +263,36 @@ bool keepers_kill(uint32_t exec, uint32_t grace_ms) {
 
 /* ---- starting ---- */
 
+#define IO_PRIORITY_OF_PROCESS 1
+#define IO_CLASS_SHIFT 13
+
+/* What a process hands down of its place among others. Code of the same user can change it in a
+   keeper; the rest that is handed down is out of its reach, or put right there (keeper.c). */
+struct scheduling {
+    uint64_t attributes[7]; /* struct sched_attr, which has no header: policy, nice, limits of use */
+    int nice, io_priority;
+    cpu_set_t cpus[8];
+};
+
+static void look_at_scheduling(pid_t pid, struct scheduling *s) {
+    memset(s, 0, sizeof *s);
+    /* What cannot be read, as under gVisor, is as equal as it was. musl has no sched_getscheduler. */
+    syscall(SYS_sched_getattr, pid, s->attributes, sizeof s->attributes, 0);
+    sched_getaffinity(pid, sizeof s->cpus, s->cpus);
+    s->nice = getpriority(PRIO_PROCESS, (id_t)pid);
+    s->io_priority = (int)syscall(SYS_ioprio_get, IO_PRIORITY_OF_PROCESS, pid);
+    if (s->io_priority >> IO_CLASS_SHIFT == 0)
+        s->io_priority = 0; /* none of its own: old kernels give two numbers for that */
+}
+
+/* Whether a program that this keeper starts will run as one of a new keeper would. */
+static bool is_scheduled_like_us(const struct keeper *k) {
+    struct scheduling ours, its;
+    look_at_scheduling(0, &ours);
+    look_at_scheduling(k->pid, &its);
+    return memcmp(&ours, &its, sizeof ours) == 0;
+}
+
 /* Hand an exec to the keeper that rests, where there is one and it still can. */
 static struct keeper *keeper_reuse(const uint8_t *request, size_t length,
                                    const struct keeper_ends *ends) {
@@ -253,7 +300,9 @@ static struct keeper *keeper_reuse(const uint8_t *request, size_t length,
     if (k == NULL)
         return NULL;
     resting = NULL;
-    if (!k->dead) {
+    if (!k->dead && !is_scheduled_like_us(k)) {
+        keeper_dismiss(k);
+    } else if (!k->dead) {
         kill(k->pid, SIGCONT); /* code of the same user may have stopped it */
         if (keeper_next(k->socket, request, length, ends)) {
             *k = (struct keeper){

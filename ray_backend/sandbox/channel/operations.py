@@ -440,7 +440,9 @@ class AgentProcess:
         return event.channel, event.data
 
     async def write(self, data: bytes | memoryview) -> bool:
-        """Write to its stdin as fast as it reads; False when it ended without reading all of it.
+        """Write to its stdin as fast as it reads; False when it ended before all of it had gone.
+
+        Once nobody can read any more, what is written counts as gone, as if it were in the pipe.
 
         Raises:
             ChannelClosedError: the channel ended.

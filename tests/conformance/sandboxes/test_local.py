@@ -32,7 +32,7 @@ from tests.conformance.sandboxes.files import FileConformance
 from tests.conformance.sandboxes.kills import KillConformance
 from tests.conformance.sandboxes.sessions import SessionConformance
 from tests.conformance.sandboxes.volumes_of_data import DataConformance
-from tests.support import eventually, process_is_gone
+from tests.support import as_root, eventually, process_is_gone
 
 __all__ = ["marked"]
 
@@ -216,7 +216,7 @@ class TestLocalOnly(Local):
         assert len(caught.value.result.stdout_bytes) == 1_000_000
         assert caught.value.result.truncated
 
-    @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+    @as_root
     def test_another_user(self, session: SandboxSession) -> None:
         assert session.exec("id -un", user="nobody", cwd="/").stdout == "nobody\n"
         assert session.exec("id -u", user="1234", cwd="/").stdout == "1234\n"
