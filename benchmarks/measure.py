@@ -91,9 +91,10 @@ def compare(
         against: what the other is.
         limit: the greatest ratio that is good enough, or None.
         after: called after each, outside its time.
-        block: how often one is called before it is the other's turn: above 1 where the other goes
-            on working for longer than ours takes, after it has answered, as a Docker engine does
-            after an exec. Then all but the first of a block are in nobody's wake but their own.
+        block: how often one is called before it is the other's turn. At 1 each call begins with the
+            processor's caches full of the other's memory, and where the other goes on working after
+            it has answered, as a Docker engine does, beside that work. Above 1 all but the first of
+            a block are in nobody's wake but their own, as calls of one program are.
     """
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(-(-rounds // block)):
