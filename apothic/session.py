@@ -415,7 +415,8 @@ class SandboxSession:
             shell: hand the string to ``/bin/sh -c`` instead.
             cwd: where it starts; relative to the session's working directory.
             env: variables for it alone, over the session's; None as a value removes one.
-            timeout_s: seconds until it is killed; by default the sandbox's ``timeout_s``.
+            timeout_s: seconds until it is killed if it runs still; by default the sandbox's
+                ``timeout_s``.
             stdin: its whole input, text as UTF-8; without it, ``/dev/null``.
             user: whom it runs as: ``name``, ``uid``, ``name:group`` or ``uid:gid``.
             max_output_bytes: how much of each stream is kept; the rest is dropped, with
@@ -458,7 +459,9 @@ class SandboxSession:
             shell: as for `exec`.
             cwd: as for `exec`.
             env: as for `exec`.
-            timeout_s: as for `exec`; the iterator raises `ExecTimeoutError`.
+            timeout_s: as for `exec`; the iterator raises `ExecTimeoutError`. It is for the program,
+                not for who takes its output: what was held up so long has run too long, what had
+                ended in time has not, however late the rest of its output is taken.
             stdin: as for `exec`.
             user: as for `exec`.
             max_output_bytes: how much of each stream the result at the end holds; events come all.

@@ -72,6 +72,10 @@ class Ended(Process):
         return self.how
 
     @override
+    async def has_ended(self) -> bool:
+        return True
+
+    @override
     async def kill(self, grace_s: float, *, discard_output: bool = False) -> None:
         raise AssertionError
 

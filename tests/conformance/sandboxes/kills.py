@@ -72,6 +72,23 @@ AWKWARD = {
 }
 
 
+# Leaves a child behind, and as much output as there is room for while nobody takes it.
+_BRIMFUL = """
+child(WAIT)
+for fd in (1, 2):
+    os.set_blocking(fd, False)
+written = time.monotonic()
+while time.monotonic() - written < 0.3:
+    for fd in (1, 2):
+        try:
+            os.write(fd, b"x" * 4096)
+            written = time.monotonic()
+        except BlockingIOError:
+            time.sleep(0.001)
+open("ended", "w").close()
+"""
+
+
 class KillConformance(SandboxSuite):
     def words(self, python: str, code: str, marked: Marked) -> list[str]:
         return [python, "-c", _CHILD + code, marked.token]
@@ -163,6 +180,21 @@ class KillConformance(SandboxSuite):
     ) -> None:
         code = "child('import os\\nwhile True: os.write(1, b\"x\" * 65536)')\nprint('done')"
         assert session.exec(self.words(python, code, marked), timeout_s=30).ok
+        assert len(marked.alive()) == 1
+
+    def test_output_may_be_taken_after_the_time_is_up(
+        self, session: SandboxSession, python: str, marked: Marked
+    ) -> None:
+        stream = session.exec_stream(self.words(python, _BRIMFUL, marked), timeout_s=5)
+        eventually(lambda: session.exists("ended"))
+        with pytest.raises(ExecTimeoutError):  # it began later, so the time of the first is up too
+            session.exec("sleep 1000", timeout_s=5)
+        events = list(stream)
+        assert events[-1].returncode == 0
+        result = events[-1].result
+        assert result is not None
+        assert result.duration_s < 5
+        assert sum(len(event.data) for event in events) >= 2 * 65536
         assert len(marked.alive()) == 1
 
     def test_execs_leave_no_zombies(self, session: SandboxSession) -> None:
