@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 import threading
+from contextlib import nullcontext
+from threading import get_ident
+from types import FrameType
 
 import pytest
 
@@ -12,7 +17,7 @@ from apothic.errors import ExecTimeoutError, SandboxClosedError
 from tests.conformance.sandboxes.base import Marked, SandboxSuite, marked
 from tests.support import eventually
 
-__all__ = ["KillConformance", "marked"]
+__all__ = ["InterruptConformance", "KillConformance", "marked"]
 
 _WAIT = "import time, sys\nwhile True: time.sleep(1)\n"
 _START = "import subprocess, sys, os, signal, time\n"
@@ -228,6 +233,42 @@ class KillConformance(SandboxSuite):
         session.close()
         with pytest.raises(SandboxClosedError):
             list(stream)
+
+
+class InterruptConformance(SandboxSuite):
+    """Ctrl-C, where a test can see that it comes while a stream waits: the waiting is Python's."""
+
+    @pytest.mark.parametrize("leave", ["with", "close", "neither"])
+    def test_an_interrupted_stream_is_closed(
+        self, session: SandboxSession, python: str, marked: Marked, leave: str
+    ) -> None:
+        code = f"import os\nos.write(1, b'on')\n{_WAIT}"
+        stream = session.exec_stream([python, "-c", code, marked.token], timeout_s=1000)
+        assert next(stream).text == "on"
+        interrupter = threading.Thread(target=_interrupt_when_it_waits, args=[get_ident()])
+        interrupter.start()
+        block = stream if leave == "with" else nullcontext()
+        with pytest.raises(KeyboardInterrupt), block:
+            next(stream)
+        interrupter.join()
+        if leave == "close":
+            stream.close()
+        marked.wait_until_none()
+        assert list(stream) == []
+        eventually(lambda: session.inspect().running_calls == 0)
+
+
+def _interrupt_when_it_waits(thread: int) -> None:
+    def waits_for_an_item() -> bool:
+        frame: FrameType | None = sys._current_frames()[thread]
+        names = []
+        while frame is not None:
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        return names[0] == "wait" and "next_item" in names
+
+    eventually(waits_for_an_item)
+    signal.pthread_kill(thread, signal.SIGINT)
 
 
 # States of the processes whose parent is the one above this shell, which is ours.
