@@ -148,6 +148,7 @@ class SandboxSession:
         Raises:
             SandboxFileNotFoundError: there is nothing at the path.
             SandboxNotADirectoryError: it is no directory.
+            SandboxError: with the session's variables it is more than is kept, see `update_env`.
         """
         return to_text((yield from self._calls.ask("chdir", path_bytes(path))))
 
@@ -155,7 +156,10 @@ class SandboxSession:
     def update_env(
         self, values: dict[str, Any] | None = None, /, **kwargs: Any
     ) -> Steps[dict[str, str]]:
-        """Set variables for this and later execs; values are converted with ``str``.
+        """Set variables for later execs; values are converted with ``str``. All take effect, or none.
+
+        A session on the cluster keeps up to 1 MiB of them, written as JSON with its working directory;
+        those of image and secrets do not count. Write larger values to a file.
 
         Args:
             values: variables; None as a value removes one, also one that the image sets.
@@ -166,12 +170,13 @@ class SandboxSession:
 
         Raises:
             InvalidOptionError: a name is no variable's, or a value holds a NUL.
+            SandboxError: the session's variables would be more than is kept.
         """
         changes = {**env_bytes(values), **env_bytes(kwargs)}
         return env_text((yield from self._calls.ask("update_env", changes)))
 
     def set_env(self, **kwargs: Any) -> dict[str, str]:
-        """Do what `update_env` does with keywords."""
+        """Do what `update_env` does with keywords, with its limit and its errors."""
         return self.update_env(kwargs)
 
     @verb
@@ -180,6 +185,11 @@ class SandboxSession:
 
         Returns:
             The environment that an exec now sees.
+
+        Raises:
+            InvalidOptionError: a name is no variable's.
+            SandboxError: the session's variables would be more than is kept, see `update_env`: a
+                name that was removed is kept as well.
         """
         changes = env_bytes(dict.fromkeys(names))
         return env_text((yield from self._calls.ask("update_env", changes)))
