@@ -493,10 +493,17 @@ class SandboxSession:
     # -- end -------------------------------------------------------------------------------------
 
     def close(self) -> CloseReport:
-        """End its programs and remove what it worked in; idempotent."""
+        """End its programs and remove what it worked in; idempotent.
+
+        Verbs are refused from here on. One that failed, or was interrupted, can be called again.
+        """
         if not self._calls.close():
             return CloseReport(closed=False, note="it was closed before")
-        return self._ref.close()
+        try:
+            return self._ref.close()
+        except BaseException:
+            self._calls.close_failed()
+            raise
 
     @property
     def _memory_mb(self) -> int | None:

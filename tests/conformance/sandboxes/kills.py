@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import sys
 import threading
 from contextlib import nullcontext
-from threading import get_ident
-from types import FrameType
 
 import pytest
 
 from apothic import SandboxSession
 from apothic.errors import ExecTimeoutError, SandboxClosedError
 from tests.conformance.sandboxes.base import Marked, SandboxSuite, marked
-from tests.support import eventually
+from tests.support import eventually, interrupted_in
 
 __all__ = ["InterruptConformance", "KillConformance", "marked"]
 
@@ -245,30 +241,14 @@ class InterruptConformance(SandboxSuite):
         code = f"import os\nos.write(1, b'on')\n{_WAIT}"
         stream = session.exec_stream([python, "-c", code, marked.token], timeout_s=1000)
         assert next(stream).text == "on"
-        interrupter = threading.Thread(target=_interrupt_when_it_waits, args=[get_ident()])
-        interrupter.start()
         block = stream if leave == "with" else nullcontext()
-        with pytest.raises(KeyboardInterrupt), block:
+        with interrupted_in("next_item"), pytest.raises(KeyboardInterrupt), block:
             next(stream)
-        interrupter.join()
         if leave == "close":
             stream.close()
         marked.wait_until_none()
         assert list(stream) == []
         eventually(lambda: session.inspect().running_calls == 0)
-
-
-def _interrupt_when_it_waits(thread: int) -> None:
-    def waits_for_an_item() -> bool:
-        frame: FrameType | None = sys._current_frames()[thread]
-        names = []
-        while frame is not None:
-            names.append(frame.f_code.co_name)
-            frame = frame.f_back
-        return names[0] == "wait" and "next_item" in names
-
-    eventually(waits_for_an_item)
-    signal.pthread_kill(thread, signal.SIGINT)
 
 
 # States of the processes whose parent is the one above this shell, which is ours.
