@@ -52,7 +52,8 @@ class ExecRun:
         Args:
             workspace: where it runs.
             command: gives what to start, once it is its turn.
-            timeout_s: seconds, from its start on, until all that it started is killed.
+            timeout_s: seconds, from its start on, after which it and all that it started is killed
+                if it runs still; how long its output is taken does not count.
             slots: bounds how many run at once; None does not.
             label: names the session in messages.
         """
@@ -64,7 +65,7 @@ class ExecRun:
         self._process: Process | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._expired = False
-        self._killing: asyncio.Task[None] | None = None
+        self._expiring: asyncio.Task[None] | None = None
         self._outcome: ExecOutcome | None = None
 
     @property
@@ -103,8 +104,8 @@ class ExecRun:
             self._outcome = ExecOutcome(returncode)
             return "stderr", words
         self._stop_clock()
-        if self._killing is not None:
-            await self._killing  # until nothing is alive
+        if self._expiring is not None:
+            await self._expiring  # until nothing is alive
         ended = process.exit
         self._let_go()
         self._outcome = ExecOutcome(
@@ -118,8 +119,13 @@ class ExecRun:
 
     def _expire(self, process: Process) -> None:
         # Whether or not its output is being taken.
-        self._expired = True
-        self._killing = asyncio.get_running_loop().create_task(process.kill(KILL_GRACE_S))
+        self._expiring = asyncio.get_running_loop().create_task(self._kill_if_late(process))
+
+    async def _kill_if_late(self, process: Process) -> None:
+        # One that has ended in time only waits for who takes its output; what it left goes on.
+        if not await process.has_ended():
+            self._expired = True
+            await process.kill(KILL_GRACE_S)
 
     def _stop_clock(self) -> None:
         if self._timer is not None:

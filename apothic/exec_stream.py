@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 from collections.abc import AsyncIterator, Iterator
 
@@ -44,7 +43,7 @@ class SandboxExecStream(Iterator[SandboxStreamEvent]):
         return self
 
     def __next__(self) -> SandboxStreamEvent:
-        """Wait for the next event.
+        """Wait for the next event. What interrupts the wait, as Ctrl-C does, closes the stream.
 
         Raises:
             ExecTimeoutError: the program ran longer than ``timeout_s``.
@@ -55,8 +54,8 @@ class SandboxExecStream(Iterator[SandboxStreamEvent]):
             raise StopIteration
         try:
             item = self._stream.next_item()
-        except BaseException:
-            self._end()
+        except BaseException as error:
+            self._give_up(error)
             raise
         return self._event(item)
 
@@ -65,7 +64,7 @@ class SandboxExecStream(Iterator[SandboxStreamEvent]):
         return self
 
     async def __anext__(self) -> SandboxStreamEvent:
-        """Await the next event."""
+        """Await the next event. Cancelling the task closes the stream."""
         if self._last:
             return self._last.pop(0)
         if self._ended:
@@ -73,9 +72,7 @@ class SandboxExecStream(Iterator[SandboxStreamEvent]):
         try:
             item = await self._stream.anext_item()
         except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                self._stream.abandon()  # waiting would hold up the event loop
-            self._end()
+            self._give_up(error)
             raise
         return self._event(item)
 
@@ -111,6 +108,13 @@ class SandboxExecStream(Iterator[SandboxStreamEvent]):
         if not getattr(self, "_ended", True):
             self._end()
             self._stream.abandon()
+
+    def _give_up(self, error: BaseException) -> None:
+        # What is no Exception did not come from the stream: Ctrl-C, or the task was cancelled. The
+        # program runs on then. Waiting for its end would hold up what interrupts, or the event loop.
+        if not isinstance(error, Exception):
+            self._stream.abandon()
+        self._end()
 
     def _end(self) -> None:
         if not self._ended:

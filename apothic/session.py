@@ -148,6 +148,7 @@ class SandboxSession:
         Raises:
             SandboxFileNotFoundError: there is nothing at the path.
             SandboxNotADirectoryError: it is no directory.
+            SandboxError: with the session's variables it is more than is kept, see `update_env`.
         """
         return to_text((yield from self._calls.ask("chdir", path_bytes(path))))
 
@@ -155,7 +156,10 @@ class SandboxSession:
     def update_env(
         self, values: dict[str, Any] | None = None, /, **kwargs: Any
     ) -> Steps[dict[str, str]]:
-        """Set variables for this and later execs; values are converted with ``str``.
+        """Set variables for later execs; values are converted with ``str``. All take effect, or none.
+
+        A session on the cluster keeps up to 1 MiB of them, written as JSON with its working directory;
+        those of image and secrets do not count. Write larger values to a file.
 
         Args:
             values: variables; None as a value removes one, also one that the image sets.
@@ -166,12 +170,13 @@ class SandboxSession:
 
         Raises:
             InvalidOptionError: a name is no variable's, or a value holds a NUL.
+            SandboxError: the session's variables would be more than is kept.
         """
         changes = {**env_bytes(values), **env_bytes(kwargs)}
         return env_text((yield from self._calls.ask("update_env", changes)))
 
     def set_env(self, **kwargs: Any) -> dict[str, str]:
-        """Do what `update_env` does with keywords."""
+        """Do what `update_env` does with keywords, with its limit and its errors."""
         return self.update_env(kwargs)
 
     @verb
@@ -180,6 +185,11 @@ class SandboxSession:
 
         Returns:
             The environment that an exec now sees.
+
+        Raises:
+            InvalidOptionError: a name is no variable's.
+            SandboxError: the session's variables would be more than is kept, see `update_env`: a
+                name that was removed is kept as well.
         """
         changes = env_bytes(dict.fromkeys(names))
         return env_text((yield from self._calls.ask("update_env", changes)))
@@ -415,7 +425,8 @@ class SandboxSession:
             shell: hand the string to ``/bin/sh -c`` instead.
             cwd: where it starts; relative to the session's working directory.
             env: variables for it alone, over the session's; None as a value removes one.
-            timeout_s: seconds until it is killed; by default the sandbox's ``timeout_s``.
+            timeout_s: seconds until it is killed if it runs still; by default the sandbox's
+                ``timeout_s``.
             stdin: its whole input, text as UTF-8; without it, ``/dev/null``.
             user: whom it runs as: ``name``, ``uid``, ``name:group`` or ``uid:gid``.
             max_output_bytes: how much of each stream is kept; the rest is dropped, with
@@ -458,7 +469,9 @@ class SandboxSession:
             shell: as for `exec`.
             cwd: as for `exec`.
             env: as for `exec`.
-            timeout_s: as for `exec`; the iterator raises `ExecTimeoutError`.
+            timeout_s: as for `exec`; the iterator raises `ExecTimeoutError`. It is for the program,
+                not for who takes its output: what was held up so long has run too long, what had
+                ended in time has not, however late the rest of its output is taken.
             stdin: as for `exec`.
             user: as for `exec`.
             max_output_bytes: how much of each stream the result at the end holds; events come all.
@@ -480,10 +493,17 @@ class SandboxSession:
     # -- end -------------------------------------------------------------------------------------
 
     def close(self) -> CloseReport:
-        """End its programs and remove what it worked in; idempotent."""
+        """End its programs and remove what it worked in; idempotent.
+
+        Verbs are refused from here on. One that failed, or was interrupted, can be called again.
+        """
         if not self._calls.close():
             return CloseReport(closed=False, note="it was closed before")
-        return self._ref.close()
+        try:
+            return self._ref.close()
+        except BaseException:
+            self._calls.close_failed()
+            raise
 
     @property
     def _memory_mb(self) -> int | None:

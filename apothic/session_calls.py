@@ -37,13 +37,19 @@ class SessionCalls:
         self._max_pending = max_pending
         self._pending = 0
         self._lock = threading.Lock()
+        self._closing = False
         self.closed: bool = False
 
     def close(self) -> bool:
-        """Refuse every further verb; False when they were before."""
+        """Refuse every further verb; False where somebody has closed the session or is about to."""
         with self._lock:
-            first, self.closed = not self.closed, True
+            first, self._closing = not self._closing, True
+            self.closed = True
         return first
+
+    def close_failed(self) -> None:
+        """Have the next `close` give True again; verbs stay refused."""
+        self._closing = False
 
     def check_open(self) -> None:
         """Refuse a verb of a session that this process has closed.

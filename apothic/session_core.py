@@ -107,12 +107,12 @@ class SessionCore:
         if state:
             self._cwd, self._own = _unpack_state(state)
             return
-        self._cwd = _join(b"/", cwd)
-        self._own = dict(env)
-        if self._cwd != b"/":
-            with typed(self._cwd):
-                await self._workspace.mkdir(self._cwd, parents=True, exist_ok=True)
-        await self._save()
+        first = _join(b"/", cwd)
+        if first != b"/":
+            with typed(first):
+                await self._workspace.mkdir(first, parents=True, exist_ok=True)
+        async with self._saving:
+            await self._save(first, dict(env))
 
     async def close(self) -> None:
         """End every program and the workspace; idempotent. Verbs that run fail as those that come."""
@@ -148,15 +148,15 @@ class SessionCore:
                 found = await self._workspace.stat(target)
             if not stat.S_ISDIR(found.mode):
                 raise file_error(errno.ENOTDIR, target)
-            self._cwd = target
-            await self._save()
+            async with self._saving:
+                await self._save(target, self._own)
             return target
 
     async def update_env(self, values: Mapping[bytes, bytes | None]) -> dict[bytes, bytes]:
         """Set variables, None removes one; give the environment that an exec now sees."""
         with self._call():
-            self._own.update(values)
-            await self._save()
+            async with self._saving:  # what another changes meanwhile must not be lost
+                await self._save(self._cwd, {**self._own, **values})
             return _overlaid(self._base, self._own)
 
     # -- files -----------------------------------------------------------------------------------
@@ -343,9 +343,10 @@ class SessionCore:
             self._running -= 1
             self._finished += 1
 
-    async def _save(self) -> None:
-        async with self._saving:
-            await self._workspace.save_state(_pack_state(self._cwd, self._own))
+    async def _save(self, cwd: bytes, own: dict[bytes, bytes | None]) -> None:
+        """Have directory and variables take effect, once they are kept; holding `_saving`."""
+        await self._workspace.save_state(_pack_state(cwd, own))
+        self._cwd, self._own = cwd, own
 
     def _upload(self, upload_id: str) -> Upload:
         upload = self._uploads.get(upload_id)

@@ -94,6 +94,8 @@ class Target:
         self._replaceable = replaceable
         self._idle_s = idle_s
         self._replicas: list[_Replica] = []
+        self._left: list[_Replica] = []  # what `close` failed to close
+        self._reports: list[CloseReport] = []  # of what it closed then
         self._lock = threading.RLock()
         self.closed: bool = False
         if max_containers > 1:
@@ -187,13 +189,31 @@ class Target:
             return self._replicas[0].ref
 
     def close(self) -> CloseReport:
-        """Stop every replica; the report joins theirs."""
+        """Stop every replica; the report joins theirs. Where that failed it can be called again.
+
+        Raises:
+            ApothicError: a replica could not be stopped; the others were, as far as that went.
+        """
         with self._lock:
-            if self.closed:
+            if self.closed and not self._left:
                 return CloseReport(closed=False, note="it was closed before")
             self.closed = True
-            replicas, self._replicas = self._replicas, []
-        reports = [replica.ref.close() for replica in replicas]
+            replicas = self._left + self._replicas
+            self._left, self._replicas = [], []
+        failures: list[Exception] = []
+        try:
+            while replicas:
+                try:
+                    self._reports.append(replicas[0].ref.close())
+                except Exception as error:
+                    failures.append(error)
+                    self._left.append(replicas[0])
+                del replicas[0]
+        finally:
+            self._left += replicas  # an interrupted one keeps the rest
+        if failures:
+            raise failures[0]
+        reports, self._reports = self._reports, []
         if len(reports) == 1:
             return reports[0]
         return CloseReport(

@@ -108,6 +108,13 @@ class Process(ABC):
         """How it ended; after `next_output` gave None."""
 
     @abstractmethod
+    async def has_ended(self) -> bool:
+        """Tell whether the program itself has ended, also while its output waits to be taken.
+
+        What it has started may go on. One that is held up because nobody takes its output runs.
+        """
+
+    @abstractmethod
     async def kill(self, grace_s: float, *, discard_output: bool = False) -> None:
         """End the whole tree: SIGTERM, so much time, SIGKILL; also what left the process group.
 

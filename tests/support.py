@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 import pytest
@@ -156,6 +159,31 @@ def eventually(fact: Callable[[], T], timeout_s: float = 60.0) -> T:
             return found
         assert time.monotonic() < deadline, f"not true after {timeout_s} s: {found!r}"
         time.sleep(0.01)
+
+
+@contextmanager
+def interrupted_in(function: str) -> Iterator[None]:
+    """Send Ctrl-C to this thread, which is the main one, once it waits within a function."""
+    main = threading.get_ident()
+
+    def waits() -> bool:
+        frame: FrameType | None = sys._current_frames()[main]
+        names = []
+        while frame is not None:
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        return names[0] == "wait" and function in names
+
+    def interrupt() -> None:
+        eventually(waits)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    try:
+        yield
+    finally:
+        interrupter.join()
 
 
 def words(log: Path) -> list[str]:

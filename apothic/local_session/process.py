@@ -229,6 +229,10 @@ class LocalProcess(Process):
     # -- ending --------------------------------------------------------------------------------
 
     @override
+    async def has_ended(self) -> bool:
+        return self._exit is not None or self._gone.is_set()
+
+    @override
     async def kill(self, grace_s: float, *, discard_output: bool = False) -> None:
         if discard_output:
             self._discard()

@@ -9,6 +9,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from typing_extensions import Self, override
@@ -56,7 +57,9 @@ class CoreRef(SandboxRef):
         self._handle = handle
         self._loop = loop
         self._lock = threading.Lock()
-        self._closing = False
+        self._closing = False  # verbs are refused
+        self._being_closed = False  # by somebody, or it is closed
+        self._close_run: Future[None] | None = None
         self._streams: weakref.WeakSet[PumpedStream] = weakref.WeakSet()
         self._core: SessionCore
         self._workspace: LocalWorkspace
@@ -169,14 +172,22 @@ class CoreRef(SandboxRef):
     @override
     def close(self) -> CloseReport:
         with self._lock:
-            if self._closing:
+            if self._being_closed:
                 return CloseReport(closed=False, note="it was closed before")
-            self._closing = True
-        self._end.detach()
+            self._closing = self._being_closed = True
+            run = self._close_run
+            if run is None or run.done():  # else one goes on whose caller was interrupted
+                self._end.detach()
+                run = asyncio.run_coroutine_threadsafe(self._close(), self._loop.loop())
+                self._close_run = run
         try:
-            self._loop.run(self._close())
-        finally:
-            self._loop.stop()
+            run.result()
+        except BaseException:
+            if run.done():
+                self._loop.stop()
+            self._being_closed = False
+            raise
+        self._loop.stop()
         return CloseReport(closed=True)
 
     async def _close(self) -> None:

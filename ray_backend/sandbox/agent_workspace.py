@@ -275,6 +275,13 @@ class _AgentProgram(Process):
         return Exit(exited.status, exited.signal, exited.duration_s, exited.out_of_memory)
 
     @override
+    async def has_ended(self) -> bool:
+        try:
+            return await self._process.has_ended()
+        except ChannelClosedError:  # whoever takes the output is told
+            return True
+
+    @override
     async def kill(self, grace_s: float, *, discard_output: bool = False) -> None:
         self._killed = True
         with contextlib.suppress(ChannelClosedError):  # with the agent everything else has died

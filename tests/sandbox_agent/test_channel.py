@@ -172,6 +172,44 @@ def test_a_slow_reader_stalls_nobody_else(converse: Converse):
     converse(conversation)
 
 
+def test_the_end_of_a_program_whose_output_nobody_takes(converse: Converse, tmp_path: Path):
+    """It is known without more room for those that go on; what it wrote stays to be taken."""
+    fill = "head -c 320000 /dev/zero"  # more than a window, and no more than a pipe beyond it
+
+    async def conversation(channel: AgentChannel) -> None:
+        going_on = [await start(channel, "yes") for _ in range(10)]
+        script = f"{fill} & {fill} >&2 & wait; exit 3"
+        process = await start(channel, "sh", "-c", script)
+        while not await process.has_ended():
+            await channel.stat(b"/")
+        assert [await one.has_ended() for one in going_on] == [False] * 10
+        for one in going_on:
+            await one.has_ended()
+            held = sum(len(event.data) for event in one._inbox._items)
+            assert held <= (256 + 64) * 1024
+        out, err = await finish(process)
+        assert (len(out), len(err)) == (320000, 320000)
+        assert process.exited is not None
+        assert process.exited.status == 3
+        await asyncio.gather(*[one.kill(discard_output=True) for one in going_on])
+
+    converse(conversation)
+
+
+def test_a_program_that_never_ran_has_ended(converse: Converse):
+    async def conversation(channel: AgentChannel) -> None:
+        running = await start(channel, "sleep", "1000")
+        assert not await running.has_ended()
+        process = await start(channel, "/no/such/program")
+        while not await process.has_ended():
+            await channel.stat(b"/")
+        with pytest.raises(AgentRequestError):
+            await process.next_output()
+        await running.kill()
+
+    converse(conversation)
+
+
 def test_a_program_that_does_not_read_stalls_only_itself(converse: Converse):
     async def conversation(channel: AgentChannel) -> None:
         process = await start(channel, "sleep", "1000", stdin=True)

@@ -72,6 +72,10 @@ class Ended(Process):
         return self.how
 
     @override
+    async def has_ended(self) -> bool:
+        return True
+
+    @override
     async def kill(self, grace_s: float, *, discard_output: bool = False) -> None:
         raise AssertionError
 
@@ -86,6 +90,7 @@ class Memory(Workspace):
         self.made: list[bytes] = []
         self.state = state
         self.command: Command | None = None
+        self.state_max: int | None = None
         self.next: Exit | StartFailure = Exit(0, None, 0.1)
         self.lost = False
 
@@ -120,6 +125,9 @@ class Memory(Workspace):
         return self.state
 
     async def save_state(self, state: bytes) -> None:
+        await asyncio.sleep(0)
+        if self.state_max is not None and len(state) > self.state_max:
+            raise SandboxError("too much state.")
         self.state = state
 
     async def close(self) -> None: ...
@@ -160,6 +168,44 @@ def test_secrets_stay_out_of_the_state() -> None:
         await core.update_env({b"A": b"1"})
         assert (await core.get_env())[b"TOKEN"] == b"hunter2"
         assert b"hunter2" not in workspace.state
+
+    asyncio.run(work())
+
+
+def test_a_state_that_cannot_be_kept_takes_no_effect() -> None:
+    async def work() -> None:
+        workspace = Memory()
+        core = await started(workspace)
+        workspace.state_max, state = len(workspace.state) + 20, workspace.state
+        before = await core.get_env()
+        with pytest.raises(SandboxError, match="too much"):
+            await core.update_env({b"LARGE": b"x" * 100, b"OWN": None})
+        with pytest.raises(SandboxError, match="too much"):
+            await core.chdir(b"x" * 100)
+        assert (await core.get_env(), await core.pwd()) == (before, b"/work")
+        await core.exec(request(), None)
+        assert workspace.command is not None
+        assert (workspace.command.env, workspace.command.cwd) == (before, b"/work")
+        assert workspace.state == state
+        assert (await core.update_env({b"A": b"1"}))[b"A"] == b"1"
+
+    asyncio.run(work())
+
+
+def test_changes_at_once_are_all_kept() -> None:
+    async def work() -> None:
+        workspace = Memory()
+        core = await started(workspace)
+        names = [b"N%d" % number for number in range(10)]
+        changes = asyncio.gather(*[core.update_env({name: name}) for name in names])
+        path = await core.chdir(b"below")
+        seen = await changes
+        assert all(env[name] == name for env, name in zip(seen, names, strict=True))
+        again = SessionCore(workspace, label="x")
+        await again.start(b"/", {})
+        for each in (core, again):
+            assert await each.pwd() == path == b"/work/below"
+            assert set(names) < set(await each.get_env())
 
     asyncio.run(work())
 

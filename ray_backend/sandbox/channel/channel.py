@@ -334,6 +334,13 @@ class AgentChannel:
                 self.give_up()
         killed.result()
 
+    async def wait_served(self) -> None:
+        """Wait until the agent has had a turn at every stream; for operations."""
+        # It answers before it turns to the streams, and begins with another of them each time.
+        for _ in range(len(self._operations) + 2):
+            with suppress(AgentRequestError):  # an answer all the same
+                await self._ask(self.connection.stat(b"/"))
+
     def give_up(self) -> None:
         """End the channel, as the agent has been silent for too long; for operations."""
         late = TimeoutError(f"no answer to a request in {operations.ANSWER_LIMIT_S:g} s")

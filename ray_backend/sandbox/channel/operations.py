@@ -43,6 +43,8 @@ ANSWER_LIMIT_S = 120.0
 What programs take has no such limit: an exec waits, and so does the input that one does not read."""
 KILL_OUTPUT_MAX_BYTES = 4 * 1024 * 1024
 """More than a program can have left in its pipes and the agent when it dies."""
+PIPE_BYTES = 64 * 1024
+"""What a pipe holds, unless a program has made it larger or pages have more than 4 KiB (pipe(7))."""
 
 T = TypeVar("T")
 EndError = Callable[[], Exception]
@@ -67,6 +69,9 @@ class Sender(Protocol):
 
         ``held_up`` tells whether it is for us that the agent waits.
         """
+
+    async def wait_served(self) -> None:
+        """Wait until the agent has had a turn at every stream; raises ChannelClosedError."""
 
     def give_up(self) -> None:
         """End the channel, as the agent has been silent for too long."""
@@ -414,6 +419,7 @@ class AgentProcess:
         self._inbox: Inbox[Output] = Inbox()
         self._input = _Input(sender, stream, closed=not stdin)
         self._discarding = False
+        self._pipes_granted = False
         self._taken_bytes = 0
         self._lost: EndError | None = None
         self._exited: Exited | None = None
@@ -456,6 +462,29 @@ class AgentProcess:
     def close_stdin(self) -> None:
         """Close its stdin; idempotent, nothing if it has ended."""
         self._input.close()
+
+    async def has_ended(self) -> bool:
+        """Tell whether the program has ended, also while nobody takes its output.
+
+        The agent tells of the end when it has sent the output. So that it can, it is allowed once to
+        send what the pipes of an ended program hold, whoever takes that when. The end stays untold
+        only of one that had made its pipes larger and left them fuller.
+
+        Raises:
+            ChannelClosedError: the channel ended.
+        """
+        # With nothing left to take there is credit, and no end waits for any.
+        if not self._inbox.ended and not self._inbox.empty:
+            if not self._pipes_granted:
+                self._pipes_granted = True
+                for each in Channel:
+                    grant = self._sender.connection.credit(self._stream, each, PIPE_BYTES)
+                    self._sender.send(grant)
+            # A turn for what is in each pipe, and one for the end.
+            for _ in range(len(Channel) + 1):
+                if not self._inbox.ended:
+                    await self._sender.wait_served()
+        return self._inbox.ended
 
     def signal(self, number: int) -> None:
         """Send a signal to the process group of the program; nothing if it has ended."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import nullcontext
 
 import pytest
 
 from apothic import SandboxSession
 from apothic.errors import ExecTimeoutError, SandboxClosedError
 from tests.conformance.sandboxes.base import Marked, SandboxSuite, marked
-from tests.support import eventually
+from tests.support import eventually, interrupted_in
 
-__all__ = ["KillConformance", "marked"]
+__all__ = ["InterruptConformance", "KillConformance", "marked"]
 
 _WAIT = "import time, sys\nwhile True: time.sleep(1)\n"
 _START = "import subprocess, sys, os, signal, time\n"
@@ -70,6 +71,23 @@ AWKWARD = {
         "print('ready', flush=True)\nexec(WAIT)"
     ),
 }
+
+
+# Leaves a child behind, and as much output as there is room for while nobody takes it.
+_BRIMFUL = """
+child(WAIT)
+for fd in (1, 2):
+    os.set_blocking(fd, False)
+written = time.monotonic()
+while time.monotonic() - written < 0.3:
+    for fd in (1, 2):
+        try:
+            os.write(fd, b"x" * 4096)
+            written = time.monotonic()
+        except BlockingIOError:
+            time.sleep(0.001)
+open("ended", "w").close()
+"""
 
 
 class KillConformance(SandboxSuite):
@@ -165,6 +183,21 @@ class KillConformance(SandboxSuite):
         assert session.exec(self.words(python, code, marked), timeout_s=30).ok
         assert len(marked.alive()) == 1
 
+    def test_output_may_be_taken_after_the_time_is_up(
+        self, session: SandboxSession, python: str, marked: Marked
+    ) -> None:
+        stream = session.exec_stream(self.words(python, _BRIMFUL, marked), timeout_s=5)
+        eventually(lambda: session.exists("ended"))
+        with pytest.raises(ExecTimeoutError):  # it began later, so the time of the first is up too
+            session.exec("sleep 1000", timeout_s=5)
+        events = list(stream)
+        assert events[-1].returncode == 0
+        result = events[-1].result
+        assert result is not None
+        assert result.duration_s < 5
+        assert sum(len(event.data) for event in events) >= 2 * 65536
+        assert len(marked.alive()) == 1
+
     def test_execs_leave_no_zombies(self, session: SandboxSession) -> None:
         for _ in range(5):
             session.exec("(sleep 0.01 &) ; true", shell=True).check()
@@ -196,6 +229,26 @@ class KillConformance(SandboxSuite):
         session.close()
         with pytest.raises(SandboxClosedError):
             list(stream)
+
+
+class InterruptConformance(SandboxSuite):
+    """Ctrl-C, where a test can see that it comes while a stream waits: the waiting is Python's."""
+
+    @pytest.mark.parametrize("leave", ["with", "close", "neither"])
+    def test_an_interrupted_stream_is_closed(
+        self, session: SandboxSession, python: str, marked: Marked, leave: str
+    ) -> None:
+        code = f"import os\nos.write(1, b'on')\n{_WAIT}"
+        stream = session.exec_stream([python, "-c", code, marked.token], timeout_s=1000)
+        assert next(stream).text == "on"
+        block = stream if leave == "with" else nullcontext()
+        with interrupted_in("next_item"), pytest.raises(KeyboardInterrupt), block:
+            next(stream)
+        if leave == "close":
+            stream.close()
+        marked.wait_until_none()
+        assert list(stream) == []
+        eventually(lambda: session.inspect().running_calls == 0)
 
 
 # States of the processes whose parent is the one above this shell, which is ours.

@@ -16,7 +16,7 @@ from apothic.testing import FakeControlPlane, fake_engine
 from tests.conformance.sandboxes.base import SandboxSuite, marked
 from tests.conformance.sandboxes.execs import ExecConformance
 from tests.conformance.sandboxes.files import FileConformance
-from tests.conformance.sandboxes.kills import KillConformance
+from tests.conformance.sandboxes.kills import InterruptConformance, KillConformance
 from tests.conformance.sandboxes.sessions import SessionConformance, SharedSessionConformance
 
 __all__ = ["marked"]
@@ -42,7 +42,7 @@ class TestInProcessFiles(InProcess, FileConformance):
     pass
 
 
-class TestInProcessKills(InProcess, KillConformance):
+class TestInProcessKills(InProcess, KillConformance, InterruptConformance):
     pass
 
 

@@ -29,7 +29,7 @@ from apothic.errors import (
 from tests.conformance.sandboxes.base import Marked, SandboxSuite, marked
 from tests.conformance.sandboxes.execs import ExecConformance
 from tests.conformance.sandboxes.files import FileConformance
-from tests.conformance.sandboxes.kills import KillConformance
+from tests.conformance.sandboxes.kills import InterruptConformance, KillConformance
 from tests.conformance.sandboxes.sessions import SessionConformance
 from tests.conformance.sandboxes.volumes_of_data import DataConformance
 from tests.support import as_root, eventually, process_is_gone
@@ -85,7 +85,7 @@ class TestLocalFiles(Local, FileConformance):
     pass
 
 
-class TestLocalKills(Local, KillConformance):
+class TestLocalKills(Local, KillConformance, InterruptConformance):
     pass
 
 
