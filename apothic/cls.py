@@ -257,13 +257,7 @@ class Cls(DescribedClass):
             UsageError: when the code is not in this process.
             ArgumentError: when the arguments do not fit the constructor.
         """
-        if self._local_cls is None:
-            raise UsageError(
-                f"{self._name} was looked up by name: its code is not in this process, so it has "
-                f"no local instance. Import the module that defines it."
-            )
-        self._bind(args, kwargs)
-        return LocalClassInstance(self, self._local_cls(*args, **kwargs))
+        return self._constructed(args, kwargs)._entered()
 
     def attach(self, handle: ClassInstanceHandle | dict[str, Any] | str) -> ClassInstance:
         """Reach a live instance of this class, under a lease of this job unless it is named.
@@ -314,6 +308,15 @@ class Cls(DescribedClass):
             return CloseReport(closed=False, note="no instance of this id lives")
 
     # -- inside --------------------------------------------------------------------------------
+
+    def _constructed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LocalClassInstance:
+        if self._local_cls is None:
+            raise UsageError(
+                f"{self._name} was looked up by name: its code is not in this process, so it has "
+                f"no local instance. Import the module that defines it."
+            )
+        self._bind(args, kwargs)
+        return LocalClassInstance(self, self._local_cls(*args, **kwargs))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundArguments:
         return bind_arguments(self._name, self._described.signature, args, kwargs)
@@ -444,10 +447,13 @@ class ClsAio(Twin[Cls]):
     bind: Final = twin(Cls.bind)
     new: Final = twin(Cls.new, undo=ClassInstance.close)
     named: Final = twin(Cls.named)
-    local: Final = twin(Cls.local)
     attach: Final = twin(Cls.attach)
     close_handle: Final = twin(Cls.close_handle)
     close_named: Final = twin(Cls.close_named)
+
+    async def local(self, *args: Any, **kwargs: Any) -> LocalClassInstance:
+        """Do what `Cls.local` does on the calling thread, and await the async hooks."""
+        return await self._target._constructed(args, kwargs)._aentered()
 
     async def from_name(
         self, app_name: str, class_name: str, *, client: ControlPlaneClient | None = None
