@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from apothic.backend import CallRef, InstanceRef, ItemStream
-from apothic.errors import InstanceClosedError, MethodNotFoundError, UsageError
+from apothic.backend import CallRef, InstanceRef, ItemStream, connected
+from apothic.errors import (
+    ApothicError,
+    InstanceClosedError,
+    InstanceNotFoundError,
+    MethodNotFoundError,
+    UsageError,
+)
 from apothic.function import Function, RemoteFunction
 from apothic.inprocess import (
     Awaiting,
@@ -43,15 +50,38 @@ class ClassInstance:
 
     ``inst.predict.remote(x)`` calls and waits, ``inst.predict.spawn(x)`` submits,
     ``await inst.predict.aio.remote(x)`` awaits, and ``inst.predict(x)`` is ``.remote(x)``. An
-    instance can be passed to other remote calls and pickles to its handle. With ``with`` it is
-    closed at the end.
+    instance can be passed to other remote calls and pickles to its handle: it is attached again where
+    it is loaded if that process is connected, else at first use. With ``with`` it is closed at the
+    end.
     """
 
     def __init__(self, cls: Cls, target: Target) -> None:
         """Wrap a target; made by the verbs of `Cls`."""
-        self._cls = cls
-        self._target = target
+        self._parts: tuple[Cls, Target] | None = (cls, target)
+        self._loaded: ClassInstanceHandle | None = None
         self._functions: dict[str, RemoteFunction[Any]] = {}
+
+    @classmethod
+    def _unattached(cls, handle: ClassInstanceHandle) -> ClassInstance:
+        made = cls.__new__(cls)
+        made._parts, made._loaded, made._functions = None, handle, {}
+        return made
+
+    def _attached(self) -> tuple[Cls, Target]:
+        if self._parts is None:
+            from apothic.cls import Cls
+
+            assert self._loaded is not None  # it has one or the other
+            self._parts = Cls.from_handle(self._loaded)._attached()
+        return self._parts
+
+    @property
+    def _cls(self) -> Cls:
+        return self._attached()[0]
+
+    @property
+    def _target(self) -> Target:
+        return self._attached()[1]
 
     @property
     def cls(self) -> Cls:
@@ -66,6 +96,8 @@ class ClassInstance:
     @property
     def handle(self) -> ClassInstanceHandle:
         """Where it is, for `Cls.attach` in any job of the cluster."""
+        if self._parts is None and self._loaded is not None:
+            return self._loaded
         return self._target.primary().handle
 
     @property
@@ -86,7 +118,7 @@ class ClassInstance:
     @property
     def closed(self) -> bool:
         """Whether this process closed it."""
-        return self._target.closed
+        return self._parts is not None and self._parts[1].closed
 
     def inspect(self) -> InstanceInfo:
         """Ask how it is; answered also while calls are running.
@@ -105,7 +137,11 @@ class ClassInstance:
         Returns:
             The exit hooks that ran, and how; a failing hook is reported here, not raised.
         """
-        return self._target.close()
+        try:
+            target = self._target
+        except InstanceNotFoundError:
+            return CloseReport(closed=False, note="it was closed before")
+        return target.close()
 
     def __enter__(self) -> ClassInstance:
         """Wait until it is ready."""
@@ -136,7 +172,8 @@ class ClassInstance:
 
     def __dir__(self) -> list[str]:
         """List verbs and remote methods."""
-        return sorted({*super().__dir__(), *self._cls.method_names})
+        methods = () if self._parts is None else self._parts[0].method_names
+        return sorted({*super().__dir__(), *methods})
 
     def _function(self, name: str) -> RemoteFunction[Any]:
         function = self._functions.get(name)
@@ -149,13 +186,18 @@ class ClassInstance:
         return function
 
     def __reduce__(self) -> tuple[Callable[[str], ClassInstance], tuple[str]]:
-        """Travel as the handle; the other side attaches at first use."""
+        """Travel as the handle; see the class."""
         return _from_handle, (self.handle_json,)
 
     def __repr__(self) -> str:
         """Name the class and, once known, the id."""
-        state = "closed" if self.closed else "open" if self._target.is_open else "not started"
-        return f"<apothic.ClassInstance {self._target.label} ({state})>"
+        if self._parts is None:
+            handle = self.handle
+            label = f"{handle.app}.{handle.cls} {handle.instance_id!r}"
+            return f"<apothic.ClassInstance {label} (not attached)>"
+        target = self._parts[1]
+        state = "closed" if target.closed else "open" if target.is_open else "not started"
+        return f"<apothic.ClassInstance {target.label} ({state})>"
 
 
 class ClassInstanceAio(Twin[ClassInstance]):
@@ -177,9 +219,14 @@ class ClassInstanceAio(Twin[ClassInstance]):
 
 
 def _from_handle(handle_json: str) -> ClassInstance:
-    from apothic.cls import Cls
-
-    return Cls.from_handle(handle_json)
+    made = ClassInstance._unattached(ClassInstanceHandle.parse(handle_json))
+    # What it came in must load, also where it is gone, or no cluster can be reached: its first use
+    # says so. But a process that is connected takes its lease now: until its first use whoever sent
+    # it may have ended, and the instance with its last lease.
+    with contextlib.suppress(ApothicError):
+        if connected() is not None:
+            made._attached()
+    return made
 
 
 class _LocalRef(InstanceRef):
