@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from apothic.backend import ControlPlaneClient, connect
 from apothic.cls import Cls
@@ -24,7 +24,7 @@ from apothic.remote_app import RemoteApp, class_of, member_of, methods_of, sandb
 from apothic.retries import Retries
 from apothic.sandbox import Sandbox
 from apothic.secret import Secret
-from apothic.twins import Twin, twin
+from apothic.twins import Twin, Twins, class_twin, twin
 from apothic.values import AppManifest, Network
 from apothic.volume import StorageMount
 
@@ -32,13 +32,17 @@ if TYPE_CHECKING:
     from apothic.function import Function, RemoteFunction
     from apothic.offers import OfferFiltersModel
 
-__all__ = ["App", "AppAio"]
+__all__ = ["App", "AppAio", "AppClassAio"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class App:
     """A named set of classes and sandboxes. Importing or defining one connects to nothing."""
+
+    aio: ClassVar[Twins[App, AppClassAio, AppAio]] = Twins(
+        lambda: AppClassAio(), lambda app: AppAio(app)
+    )
 
     def __init__(self, name: str, *, client: ControlPlaneClient | None = None) -> None:
         """Name an app.
@@ -75,11 +79,6 @@ class App:
             ConnectionFailedError: when the cluster cannot be reached.
         """
         return connect(self._given_client)
-
-    @property
-    def aio(self) -> AppAio:
-        """The async twins."""
-        return AppAio(self)
 
     @property
     def deployment_id(self) -> str | None:
@@ -493,25 +492,21 @@ class App:
         return f"<apothic.App {self._name!r} ({names or 'no classes'})>"
 
 
-class AppAio(Twin[App]):
+class AppClassAio:
+    """Async twin of `App.lookup`, which needs no app of this process: `App.aio`."""
+
+    __slots__ = ()
+
+    lookup: Final = class_twin(App.lookup)
+
+
+class AppAio(Twin[App], AppClassAio):
     """Async twins of `App`."""
 
     __slots__ = ()
 
     deploy: Final = twin(App.deploy)
     manifest: Final = twin(App.manifest)
-
-    async def lookup(
-        self,
-        name: str,
-        *,
-        client: ControlPlaneClient | None = None,
-        base_url: str | None = None,
-    ) -> RemoteApp:
-        """Do what `App.lookup` does."""
-        from apothic.twins import in_thread
-
-        return await in_thread(App.lookup, name, client=client, base_url=base_url)
 
     async def run_local(
         self,

@@ -2,11 +2,13 @@
 
 An engine implements `ControlPlaneClient`, `InstanceRef`, `CallRef` and `ItemStream`, for sandboxes also
 `SandboxRef`, and registers a ``connect(base_url) -> ControlPlaneClient`` under the entry-point group
-``apothic.backends``. It is imported at first use, so that importing the API loads no engine.
+``apothic.backends``. It is imported at first use, so that importing the API loads no engine. Its module
+may also have an ``is_connected() -> bool``, true where the process has its connection already.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +44,7 @@ __all__ = [
     "SandboxRequest",
     "StartRequest",
     "connect",
+    "connected",
     "use_client",
 ]
 
@@ -459,6 +462,18 @@ def connect(
     return _engine()(base_url)
 
 
+def connected() -> ControlPlaneClient | None:
+    """Give the connection that this process has; None where it would have to make one."""
+    if _default is not None:
+        return _default
+    try:
+        engine = _engine()
+    except BackendNotFoundError:
+        return None
+    is_connected = getattr(sys.modules.get(_entry().module), "is_connected", None)
+    return engine(None) if is_connected is not None and is_connected() else None
+
+
 def use_client(client: ControlPlaneClient | None) -> ControlPlaneClient | None:
     """Make ``client`` what everything connects to by default; give the previous one.
 
@@ -470,8 +485,12 @@ def use_client(client: ControlPlaneClient | None) -> ControlPlaneClient | None:
     return previous
 
 
+def _entry() -> EntryPoint:
+    return next(iter(entry_points(group=_GROUP)), _OWN_ENGINE)
+
+
 def _engine() -> Callable[[str | None], ControlPlaneClient]:
-    found = next(iter(entry_points(group=_GROUP)), _OWN_ENGINE)
+    found = _entry()
     try:
         engine: Callable[[str | None], ControlPlaneClient] = found.load()
     except ModuleNotFoundError as error:

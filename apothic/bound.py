@@ -106,8 +106,12 @@ class BoundClsAio(Twin[BoundCls]):
 
     bind: Final = twin(BoundCls.bind)
     remote: Final = twin(BoundCls.remote)
-    local: Final = twin(BoundCls.local)
     new: Final = twin(BoundCls.new, undo=lambda made: made.close())
     named: Final = twin(BoundCls.named)
     close_handle: Final = twin(BoundCls.close_handle)
     close_named: Final = twin(BoundCls.close_named)
+
+    async def local(self, *args: Any, **kwargs: Any) -> LocalClassInstance:
+        """Do what `BoundCls.local` does on the calling thread, and await the async hooks."""
+        bound = self._target
+        return await bound._cls.aio.local(*bound._args, *args, **{**bound._kwargs, **kwargs})

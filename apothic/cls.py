@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from inspect import BoundArguments
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from apothic.backend import CallRef as _CallRef
 from apothic.backend import ControlPlaneClient, InstanceRef, StartRequest, connect
@@ -25,7 +25,7 @@ from apothic.instance import ClassInstance, LocalClassInstance
 from apothic.names import check_instance_id
 from apothic.packing import arguments_digest, dumps
 from apothic.targets import Target
-from apothic.twins import Twin, twin
+from apothic.twins import Twin, Twins, class_twin, twin
 from apothic.values import (
     ClassInfo,
     ClassInstanceHandle,
@@ -36,7 +36,7 @@ from apothic.values import (
     digest_of,
 )
 
-__all__ = ["Cls", "ClsAio"]
+__all__ = ["Cls", "ClsAio", "ClsClassAio"]
 
 
 class Cls(DescribedClass):
@@ -46,6 +46,10 @@ class Cls(DescribedClass):
     that lives until closed, `local` one in this process, `attach` one that lives already. Calling
     the object is refused: which of these is meant would be a guess.
     """
+
+    aio: ClassVar[Twins[Cls, ClsClassAio, ClsAio]] = Twins(
+        lambda: ClsClassAio(), lambda cls: ClsAio(cls)
+    )
 
     # -- look-up -------------------------------------------------------------------------------
 
@@ -113,11 +117,6 @@ class Cls(DescribedClass):
             info, signature_from(info.parameters), target, RemoteFunction
         )
         return function
-
-    @property
-    def aio(self) -> ClsAio:
-        """The async twins of the verbs."""
-        return ClsAio(self)
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -257,13 +256,7 @@ class Cls(DescribedClass):
             UsageError: when the code is not in this process.
             ArgumentError: when the arguments do not fit the constructor.
         """
-        if self._local_cls is None:
-            raise UsageError(
-                f"{self._name} was looked up by name: its code is not in this process, so it has "
-                f"no local instance. Import the module that defines it."
-            )
-        self._bind(args, kwargs)
-        return LocalClassInstance(self, self._local_cls(*args, **kwargs))
+        return self._constructed(args, kwargs)._entered()
 
     def attach(self, handle: ClassInstanceHandle | dict[str, Any] | str) -> ClassInstance:
         """Reach a live instance of this class, under a lease of this job unless it is named.
@@ -314,6 +307,15 @@ class Cls(DescribedClass):
             return CloseReport(closed=False, note="no instance of this id lives")
 
     # -- inside --------------------------------------------------------------------------------
+
+    def _constructed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LocalClassInstance:
+        if self._local_cls is None:
+            raise UsageError(
+                f"{self._name} was looked up by name: its code is not in this process, so it has "
+                f"no local instance. Import the module that defines it."
+            )
+        self._bind(args, kwargs)
+        return LocalClassInstance(self, self._local_cls(*args, **kwargs))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundArguments:
         return bind_arguments(self._name, self._described.signature, args, kwargs)
@@ -433,7 +435,16 @@ class Cls(DescribedClass):
         return f"<apothic.Cls {self._label} ({where} code)>"
 
 
-class ClsAio(Twin[Cls]):
+class ClsClassAio:
+    """Async twins of the look-ups, which need no class: `Cls.aio`."""
+
+    __slots__ = ()
+
+    from_name: Final = class_twin(Cls.from_name)
+    from_handle: Final = class_twin(Cls.from_handle)
+
+
+class ClsAio(Twin[Cls], ClsClassAio):
     """Async twins of `Cls`."""
 
     __slots__ = ()
@@ -444,16 +455,13 @@ class ClsAio(Twin[Cls]):
     bind: Final = twin(Cls.bind)
     new: Final = twin(Cls.new, undo=ClassInstance.close)
     named: Final = twin(Cls.named)
-    local: Final = twin(Cls.local)
     attach: Final = twin(Cls.attach)
     close_handle: Final = twin(Cls.close_handle)
     close_named: Final = twin(Cls.close_named)
 
-    async def from_name(
-        self, app_name: str, class_name: str, *, client: ControlPlaneClient | None = None
-    ) -> Cls:
-        """Do what `Cls.from_name` does."""
-        return await twin(lambda _: Cls.from_name(app_name, class_name, client=client))(self)
+    async def local(self, *args: Any, **kwargs: Any) -> LocalClassInstance:
+        """Do what `Cls.local` does on the calling thread, and await the async hooks."""
+        return await self._target._constructed(args, kwargs)._aentered()
 
 
 class _Closer(InstanceRef):

@@ -129,6 +129,11 @@ def _check_method_name(cls: type[Any], name: str) -> None:
             f"{cls.__qualname__}.{name} is a special method: Python calls it on the object itself, "
             f"not from afar. Only __call__ can be remote; give others a plain name."
         )
+    if name.startswith("_") and name != "__call__":
+        raise DefinitionError(
+            f"{cls.__qualname__}.{name} is marked @method() and private by its name: an instance "
+            f"gives no name with a leading '_' to callers. Take the '_' or the mark away."
+        )
 
 
 def _kind_of(function: Any) -> MethodKind:

@@ -219,6 +219,10 @@ class DescribedClass:
     def _label(self) -> str:
         return f"{self._app_name}.{self._name}" if self._app_name else self._name
 
+    @cached_property
+    def _plain_options(self) -> dict[str, Any]:
+        return self._options.model_dump(mode="json")
+
     def _function(
         self,
         info: MethodInfo,
@@ -234,7 +238,7 @@ class DescribedClass:
             target,
             owner=self._name,
             app_name=self._app_name,
-            options=self._options.model_dump(mode="json") if target is None else {},
+            options=self._plain_options,
             timeout_s=self._options.timeout_s,
             retries=retries or Retries(0),
         )

@@ -54,7 +54,8 @@ class Image(BaseModel):
     Attributes:
         base: an image reference, or None for the environment that the nodes have.
         python_version: asked of `debian_slim`, for instance ``3.11``.
-        prebuilt: the base already holds Python, Ray and this package: run in it as it is.
+        prebuilt: the base already holds Python, Ray and this package, so that none of these is added;
+            without a step that changes it nothing is built.
         steps: in order.
     """
 
@@ -69,8 +70,8 @@ class Image(BaseModel):
     def debian_slim(cls, *, python_version: str = "3.11") -> Image:
         """Start from the nodes' own environment, or from Debian where a step needs a container.
 
-        Without a container step, a version that is neither the default nor the cluster's own is
-        refused when an instance starts: Ray needs the same Python everywhere.
+        For a class, the default stands for the cluster's own version, and any other is refused when an
+        instance starts: Ray needs the same Python everywhere. A sandbox takes any.
 
         Raises:
             InvalidOptionError: when the version is no ``major.minor``.
@@ -85,7 +86,12 @@ class Image(BaseModel):
 
     @classmethod
     def from_registry(cls, image_ref: str, *, prebuilt: bool = False) -> Image:
-        """Start from a container image; ``prebuilt`` runs in it as it is.
+        """Start from a container image.
+
+        Args:
+            image_ref: its reference.
+            prebuilt: it holds Python, Ray and this package already, for a class. Without it they are
+                added by a build, which needs the cluster's version of Python, and pip, in the image.
 
         Raises:
             InvalidOptionError: when the reference is empty or holds white space.

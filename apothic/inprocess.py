@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 from apothic.backend import CallRef, ItemStream
 from apothic.errors import JobCancelledError, WaitTimeoutError
 from apothic.values import MethodInfo
 
-__all__ = ["FutureCall", "IteratorStream", "LoopThread", "run_now"]
+__all__ = [
+    "Awaiting",
+    "FutureCall",
+    "IteratorStream",
+    "LoopThread",
+    "await_steps",
+    "format_error",
+    "run_now",
+    "run_steps",
+    "text_of",
+]
 
 _T = TypeVar("_T")
+_PACKAGE = Path(__file__).parent
+
+Awaiting: TypeAlias = Generator[Awaitable[Any], Any, _T]
+"""Steps on the calling thread, which yield what is to be awaited between them."""
 
 
 class FutureCall(CallRef):
@@ -70,8 +86,24 @@ class LoopThread:
         self._thread: threading.Thread | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine to its end and give its value."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop()).result()
+        """Run a coroutine to its end and give its value; an interrupt cancels it."""
+        running = asyncio.run_coroutine_threadsafe(_outcome(coroutine), self.loop())
+        try:
+            value, error = running.result()
+        except BaseException:
+            running.cancel()
+            raise
+        if error is not None:
+            raise error
+        return value
+
+    async def await_(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Do what `run` does, without blocking the caller's loop."""
+        running = asyncio.run_coroutine_threadsafe(_outcome(coroutine), self.loop())
+        value, error = await asyncio.wrap_future(running)
+        if error is not None:
+            raise error
+        return value
 
     def loop(self) -> asyncio.AbstractEventLoop:
         """Give the loop, starting it if there is none."""
@@ -93,6 +125,89 @@ class LoopThread:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
+
+
+async def _outcome(coroutine: Coroutine[Any, Any, _T]) -> tuple[_T, BaseException | None]:
+    # As a value, since a SystemExit that leaves its task ends the loop, and nobody is told.
+    try:
+        return await coroutine, None
+    except BaseException as error:
+        return None, error  # type: ignore[return-value]  # nobody reads the value beside an error
+
+
+def run_steps(steps: Awaiting[_T], loop: LoopThread) -> _T:
+    """Run steps on the calling thread and what they yield on ``loop``; give their value."""
+    try:
+        wait = next(steps)
+        while True:
+            try:
+                value = loop.run(_awaited(wait))
+            except BaseException as error:
+                wait = steps.throw(error)
+            else:
+                wait = steps.send(value)
+    except StopIteration as stop:
+        result: _T = stop.value
+        return result
+
+
+async def await_steps(steps: Awaiting[_T], loop: LoopThread | None) -> _T:
+    """Run steps on the calling thread; await what they yield there too, or on ``loop``.
+
+    When the task is cancelled, the steps go on past what they waited for; the cancellation follows.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    try:
+        wait = next(steps)
+        while True:
+            try:
+                value = await (wait if loop is None else loop.await_(_awaited(wait)))
+            except GeneratorExit:  # the coroutine was dropped: it can wait for nothing more
+                steps.close()
+                raise
+            except BaseException as error:
+                if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                    cancelled = error
+                wait = steps.throw(error)
+            else:
+                wait = steps.send(value)
+    except StopIteration as stop:
+        if cancelled is not None:
+            raise cancelled from None
+        result: _T = stop.value
+        return result
+
+
+def _is_cancelled() -> bool:
+    """Tell whether the task itself is cancelled, not only what it awaited; yes if unknown."""
+    cancelling: Callable[[], int] | None = getattr(asyncio.current_task(), "cancelling", None)
+    return cancelling is None or cancelling() > 0  # Python 3.10 does not say
+
+
+async def _awaited(value: Awaitable[_T]) -> _T:
+    return await value
+
+
+def text_of(error: BaseException) -> str:
+    """Give its text, whatever its ``__str__`` does."""
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"<its __str__ raised {type(broken).__name__}>"
+
+
+def format_error(error: BaseException) -> str:
+    """Format an exception with its causes, without the frames of this package that lead to it."""
+    trace = error.__traceback__
+    while trace is not None and _PACKAGE in Path(trace.tb_frame.f_code.co_filename).parents:
+        trace = trace.tb_next
+    if trace is not None:
+        error.__traceback__ = trace
+    try:
+        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception as broken:  # a __str__, __cause__ or note of the user's may itself be broken
+        head = "".join(traceback.format_tb(error.__traceback__))
+        return f"{head}{type(error).__qualname__}: <formatting raised {type(broken).__name__}>\n"
 
 
 def run_now(

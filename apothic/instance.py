@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from apothic.backend import CallRef, InstanceRef, ItemStream
-from apothic.errors import InstanceClosedError, MethodNotFoundError, UsageError
+from apothic.backend import CallRef, InstanceRef, ItemStream, connected
+from apothic.errors import (
+    ApothicError,
+    InstanceClosedError,
+    InstanceNotFoundError,
+    MethodNotFoundError,
+    UsageError,
+)
 from apothic.function import Function, RemoteFunction
-from apothic.inprocess import FutureCall, IteratorStream, LoopThread, run_now
+from apothic.inprocess import (
+    Awaiting,
+    FutureCall,
+    IteratorStream,
+    LoopThread,
+    await_steps,
+    format_error,
+    run_now,
+    run_steps,
+    text_of,
+)
 from apothic.targets import Target
 from apothic.twins import Twin, twin
 from apothic.values import (
@@ -31,15 +50,38 @@ class ClassInstance:
 
     ``inst.predict.remote(x)`` calls and waits, ``inst.predict.spawn(x)`` submits,
     ``await inst.predict.aio.remote(x)`` awaits, and ``inst.predict(x)`` is ``.remote(x)``. An
-    instance can be passed to other remote calls and pickles to its handle. With ``with`` it is
-    closed at the end.
+    instance can be passed to other remote calls and pickles to its handle: it is attached again where
+    it is loaded if that process is connected, else at first use. With ``with`` it is closed at the
+    end.
     """
 
     def __init__(self, cls: Cls, target: Target) -> None:
         """Wrap a target; made by the verbs of `Cls`."""
-        self._cls = cls
-        self._target = target
+        self._parts: tuple[Cls, Target] | None = (cls, target)
+        self._loaded: ClassInstanceHandle | None = None
         self._functions: dict[str, RemoteFunction[Any]] = {}
+
+    @classmethod
+    def _unattached(cls, handle: ClassInstanceHandle) -> ClassInstance:
+        made = cls.__new__(cls)
+        made._parts, made._loaded, made._functions = None, handle, {}
+        return made
+
+    def _attached(self) -> tuple[Cls, Target]:
+        if self._parts is None:
+            from apothic.cls import Cls
+
+            assert self._loaded is not None  # it has one or the other
+            self._parts = Cls.from_handle(self._loaded)._attached()
+        return self._parts
+
+    @property
+    def _cls(self) -> Cls:
+        return self._attached()[0]
+
+    @property
+    def _target(self) -> Target:
+        return self._attached()[1]
 
     @property
     def cls(self) -> Cls:
@@ -54,6 +96,8 @@ class ClassInstance:
     @property
     def handle(self) -> ClassInstanceHandle:
         """Where it is, for `Cls.attach` in any job of the cluster."""
+        if self._parts is None and self._loaded is not None:
+            return self._loaded
         return self._target.primary().handle
 
     @property
@@ -74,7 +118,7 @@ class ClassInstance:
     @property
     def closed(self) -> bool:
         """Whether this process closed it."""
-        return self._target.closed
+        return self._parts is not None and self._parts[1].closed
 
     def inspect(self) -> InstanceInfo:
         """Ask how it is; answered also while calls are running.
@@ -93,7 +137,11 @@ class ClassInstance:
         Returns:
             The exit hooks that ran, and how; a failing hook is reported here, not raised.
         """
-        return self._target.close()
+        try:
+            target = self._target
+        except InstanceNotFoundError:
+            return CloseReport(closed=False, note="it was closed before")
+        return target.close()
 
     def __enter__(self) -> ClassInstance:
         """Wait until it is ready."""
@@ -124,7 +172,8 @@ class ClassInstance:
 
     def __dir__(self) -> list[str]:
         """List verbs and remote methods."""
-        return sorted({*super().__dir__(), *self._cls.method_names})
+        methods = () if self._parts is None else self._parts[0].method_names
+        return sorted({*super().__dir__(), *methods})
 
     def _function(self, name: str) -> RemoteFunction[Any]:
         function = self._functions.get(name)
@@ -137,13 +186,18 @@ class ClassInstance:
         return function
 
     def __reduce__(self) -> tuple[Callable[[str], ClassInstance], tuple[str]]:
-        """Travel as the handle; the other side attaches at first use."""
+        """Travel as the handle; see the class."""
         return _from_handle, (self.handle_json,)
 
     def __repr__(self) -> str:
         """Name the class and, once known, the id."""
-        state = "closed" if self.closed else "open" if self._target.is_open else "not started"
-        return f"<apothic.ClassInstance {self._target.label} ({state})>"
+        if self._parts is None:
+            handle = self.handle
+            label = f"{handle.app}.{handle.cls} {handle.instance_id!r}"
+            return f"<apothic.ClassInstance {label} (not attached)>"
+        target = self._parts[1]
+        state = "closed" if target.closed else "open" if target.is_open else "not started"
+        return f"<apothic.ClassInstance {target.label} ({state})>"
 
 
 class ClassInstanceAio(Twin[ClassInstance]):
@@ -165,9 +219,14 @@ class ClassInstanceAio(Twin[ClassInstance]):
 
 
 def _from_handle(handle_json: str) -> ClassInstance:
-    from apothic.cls import Cls
-
-    return Cls.from_handle(handle_json)
+    made = ClassInstance._unattached(ClassInstanceHandle.parse(handle_json))
+    # What it came in must load, also where it is gone, or no cluster can be reached: its first use
+    # says so. But a process that is connected takes its lease now: until its first use whoever sent
+    # it may have ended, and the instance with its last lease.
+    with contextlib.suppress(ApothicError):
+        if connected() is not None:
+            made._attached()
+    return made
 
 
 class _LocalRef(InstanceRef):
@@ -214,35 +273,35 @@ class _LocalRef(InstanceRef):
         raise UsageError("a local instance is not on the cluster: look at its .obj.")
 
     def close(self) -> CloseReport:
-        return self._owner._run_exit_hooks()
+        return CloseReport(
+            closed=True
+        )  # the owner runs the hooks, where its caller waits or awaits
 
     def release(self) -> None:
-        self._owner._run_exit_hooks()
+        return None
 
 
 class LocalClassInstance:
     """The user's object in this process, after its ``enter`` hooks, until `close`.
 
     Its attributes are the object's own. A remote method is called directly, ``inst.predict(x)``, on
-    the calling thread; its verbs (``.remote``, ``.map``, …) work too and run at once. Placement,
-    time limits, retries, secrets and volumes are the cluster's and do not apply here.
+    the calling thread; its verbs (``.remote``, ``.map``, …) work too and run at once. Hooks run on
+    the thread that makes or closes it. Async ones are awaited by ``Cls.aio.local`` on the caller's
+    loop; with ``Cls.local`` they run on a loop of the instance's own. Placement, time limits,
+    retries, secrets and volumes are the cluster's and do not apply here.
     """
 
     def __init__(self, cls: Cls, obj: Any) -> None:
-        """Wrap a constructed object and run its enter hooks; made by `Cls.local`."""
+        """Wrap a constructed object, before its enter hooks; made by `Cls.local`."""
         self._cls = cls
         self._obj = obj
         self._loop = LoopThread()
+        self._awaits_here = False
         self._target = Target(
-            lambda _: _LocalRef(self), label=f"{cls.name} (local)", max_pending=2**31
+            lambda _: _LocalRef(self), label=f"{cls._label} (local)", max_pending=2**31
         )
+        self._target.primary()  # it is there: no verb need wait for it on another thread
         self._functions: dict[str, Function[Any]] = {}
-        try:
-            for name in cls.enter_hook_names:
-                self._run_hook(name)
-        except BaseException:
-            self._loop.stop()
-            raise
 
     @property
     def cls(self) -> Cls:
@@ -265,9 +324,12 @@ class LocalClassInstance:
         return self._target.closed
 
     def close(self) -> CloseReport:
-        """Run the exit hooks, once; idempotent."""
-        self._target.primary() if not self.closed else None
-        return self._target.close()
+        """Run the exit hooks, once, each even if another failed; idempotent.
+
+        Returns:
+            The hooks that ran, and how; a failing one is reported here and on stderr, not raised.
+        """
+        return run_steps(self._exiting(), self._loop)
 
     def __enter__(self) -> LocalClassInstance:
         """Give the instance; its enter hooks have run."""
@@ -304,34 +366,66 @@ class LocalClassInstance:
             return self._functions[name]
         return getattr(self._obj, name)
 
-    def _run_hook(self, name: str) -> None:
+    def _entered(self) -> LocalClassInstance:
+        return run_steps(self._entering(), self._loop)
+
+    async def _aentered(self) -> LocalClassInstance:
+        self._awaits_here = True
+        return await await_steps(self._entering(), None)
+
+    async def _aclose(self) -> CloseReport:
+        return await await_steps(self._exiting(), None if self._awaits_here else self._loop)
+
+    def _entering(self) -> Awaiting[LocalClassInstance]:
+        try:
+            for name in self._cls.enter_hook_names:
+                yield from self._hook(name)
+        except BaseException:
+            self._loop.stop()
+            raise
+        return self
+
+    def _exiting(self) -> Awaiting[CloseReport]:
+        report = self._target.close()
+        if not report.closed:
+            return report
+        results: list[HookResult] = []
+        interrupt: KeyboardInterrupt | None = None
+        try:
+            for name in reversed(self._cls.exit_hook_names):
+                begin = time.perf_counter()
+                failure: BaseException | None = None
+                try:
+                    yield from self._hook(name)
+                except GeneratorExit:  # whoever closes it has gone
+                    raise
+                except KeyboardInterrupt as error:
+                    failure = interrupt = error
+                except BaseException as error:
+                    failure = error
+                results.append(self._result(name, time.perf_counter() - begin, failure))
+        finally:
+            self._loop.stop()
+        if interrupt is not None:
+            raise interrupt
+        return CloseReport(closed=True, hooks=tuple(results))
+
+    def _hook(self, name: str) -> Awaiting[None]:
         value = getattr(self._obj, name)()
         if inspect.isawaitable(value):
-            self._loop.run(_await(value))
+            yield value
 
-    def _run_exit_hooks(self) -> CloseReport:
-        import time
-        import traceback
-
-        results = []
-        for name in reversed(self._cls.exit_hook_names):
-            begin = time.perf_counter()
-            error = trace = None
-            try:
-                self._run_hook(name)
-            except Exception as failure:
-                error = f"{type(failure).__name__}: {failure}"
-                trace = "".join(traceback.format_exception(failure))
-            results.append(
-                HookResult(
-                    name=name,
-                    duration_s=time.perf_counter() - begin,
-                    error=error,
-                    traceback=trace,
-                )
-            )
-        self._loop.stop()
-        return CloseReport(closed=True, hooks=tuple(results))
+    def _result(self, name: str, duration_s: float, failure: BaseException | None) -> HookResult:
+        if failure is None:
+            return HookResult(name=name, duration_s=duration_s)
+        kind, text, trace = type(failure).__name__, text_of(failure), format_error(failure)
+        print(f"apothic: exit hook {name} of {self._target.label} failed\n{trace}", file=sys.stderr)
+        return HookResult(
+            name=name,
+            duration_s=duration_s,
+            error=f"{kind}: {text}" if text else kind,
+            traceback=trace,
+        )
 
     def __repr__(self) -> str:
         """Name the class and the state."""
@@ -341,11 +435,13 @@ class LocalClassInstance:
 
 
 class LocalClassInstanceAio(Twin[LocalClassInstance]):
-    """Async twin of `LocalClassInstance`."""
+    """Async twin of `LocalClassInstance`; it stays on the calling thread."""
 
     __slots__ = ()
 
-    close: Final = twin(LocalClassInstance.close)
+    async def close(self) -> CloseReport:
+        """Do what `LocalClassInstance.close` does, and await the async hooks."""
+        return await self._target._aclose()
 
 
 class _LocalMethod(Function[Any]):
@@ -357,10 +453,6 @@ class _LocalMethod(Function[Any]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._bound(*args, **kwargs)
-
-
-async def _await(value: Any) -> Any:
-    return await value
 
 
 def missing_method(owner: str, name: str, known: tuple[str, ...], local: object) -> Exception:

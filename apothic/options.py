@@ -45,7 +45,8 @@ class ClassOptions(BaseModel):
         initial_delay: seconds before the first retry.
         max_delay: longest delay, in seconds.
         concurrent_requests: calls that run at once in one container.
-        max_pending_tasks: submitted and unfinished calls beyond which the next is refused.
+        max_pending_tasks: submitted and unfinished calls of one process beyond which its next is
+            refused; below ``concurrent_requests`` it takes several processes to fill a container.
         max_containers: upper limit of containers behind one bound instance.
         tasks_per_container: calls in flight that one container takes before another starts.
     """
@@ -114,7 +115,7 @@ class ClassOptions(BaseModel):
                 f"image={image!r} is not valid: it takes an apothic.Image. "
                 f"Write Image.debian_slim() and what must be added to it."
             )
-        options = cls(
+        return cls(
             constraints=PlacementConstraints.check(**constraints),
             cpu=check_count("cpu", cpu, 0, "Give whole CPU cores; 0 takes a share of none."),
             memory_mb=check_count("memory_mb", memory_mb, 1, "Give megabytes."),
@@ -140,13 +141,6 @@ class ClassOptions(BaseModel):
                 for path, mount in mounts_from(volumes).items()
             ),
         )
-        if options.max_pending_tasks < options.concurrent_requests:
-            raise InvalidOptionError(
-                f"max_pending_tasks={max_pending_tasks} is below concurrent_requests="
-                f"{concurrent_requests}: running calls count as pending, so the rest could never "
-                f"run. Raise max_pending_tasks or lower concurrent_requests."
-            )
-        return options
 
 
 _ARGUMENTS = tuple(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from apothic.errors import ConflictError, InvalidOptionError, SecretNotFoundError
 from apothic.names import check_env_name, check_name
+from apothic.twins import Twin, Twins, class_twin, twin
 
 if TYPE_CHECKING:
     from apothic.backend import ControlPlaneClient
 
-__all__ = ["Secret"]
+__all__ = ["Secret", "SecretAio", "SecretClassAio"]
 
 
 class Secret:
@@ -24,6 +25,9 @@ class Secret:
     __slots__ = ("name",)
 
     name: str
+    aio: ClassVar[Twins[Secret, SecretClassAio, SecretAio]] = Twins(
+        lambda: SecretClassAio(), lambda secret: SecretAio(secret)
+    )
 
     def __init__(self, name: str) -> None:
         """Refer to a stored secret; `from_name` says the same.
@@ -125,6 +129,25 @@ class Secret:
     def __reduce__(self) -> tuple[type[Secret], tuple[str]]:
         """Travel as the name alone."""
         return Secret, (self.name,)
+
+
+class SecretClassAio:
+    """Async twins of what `Secret` itself can be asked."""
+
+    __slots__ = ()
+
+    from_name: Final = class_twin(Secret.from_name)
+    create: Final = class_twin(Secret.create)
+    set: Final = class_twin(Secret.set)
+    list: Final = class_twin(Secret.list)
+
+
+class SecretAio(Twin[Secret], SecretClassAio):
+    """Async twins of `Secret`."""
+
+    __slots__ = ()
+
+    delete: Final = twin(Secret.delete)
 
 
 def _connect(client: ControlPlaneClient | None, base_url: str | None) -> ControlPlaneClient:

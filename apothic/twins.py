@@ -1,5 +1,7 @@
 """Async twins: every blocking verb ``x.verb(…)`` is also ``await x.aio.verb(…)``.
 
+What a class itself can be asked, as ``Cls.from_name(…)``, is also ``await Cls.aio.from_name(…)``.
+
 There is one implementation of each verb. Where waiting is all it does, as for calls, the twin awaits
 natively; the others run on threads of our own, so that neither the event loop nor its default
 executor is held up.
@@ -10,18 +12,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import inspect
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Concatenate, Generic, TypeVar
+from typing import Any, Concatenate, Generic, TypeVar, overload
 
 from typing_extensions import ParamSpec
 
-__all__ = ["Twin", "in_thread", "twin"]
+__all__ = ["Twin", "Twins", "class_twin", "in_thread", "twin"]
 
 _S = TypeVar("_S")
 _R = TypeVar("_R")
 _P = ParamSpec("_P")
+_OfClass = TypeVar("_OfClass")
+_OfInstance = TypeVar("_OfInstance")
 
 # Verbs wait on the cluster, not on the processor: the bound only limits memory.
 _MAX_THREADS = 256
@@ -54,6 +59,46 @@ class Twin(Generic[_S]):
     def __repr__(self) -> str:
         """Name the object it belongs to."""
         return f"{self._target!r}.aio"
+
+
+class Twins(Generic[_S, _OfClass, _OfInstance]):
+    """The attribute ``aio`` of a class that has verbs of its own beside those of its instances."""
+
+    def __init__(
+        self, of_class: Callable[[], _OfClass], of_instance: Callable[[_S], _OfInstance]
+    ) -> None:
+        """Say what makes the twins of the class and those of an instance."""
+        self._of_class = of_class
+        self._of_instance = of_instance
+        self.__doc__ = "The async twins of the verbs."
+
+    @overload
+    def __get__(self, instance: None, owner: type[_S]) -> _OfClass: ...
+
+    @overload
+    def __get__(self, instance: _S, owner: type[_S]) -> _OfInstance: ...
+
+    def __get__(self, instance: _S | None, owner: type[_S]) -> _OfClass | _OfInstance:
+        """Give the twins of the class, or of an instance."""
+        return self._of_class() if instance is None else self._of_instance(instance)
+
+
+def class_twin(
+    verb: Callable[_P, _R],
+) -> Callable[Concatenate[object, _P], Coroutine[Any, Any, _R]]:
+    """Make the async twin of a static or class method, with its parameters and result."""
+
+    async def call(_: object, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return await in_thread(verb, *args, **kwargs)
+
+    call.__name__ = getattr(verb, "__name__", "call")
+    call.__doc__ = verb.__doc__
+    signature = inspect.signature(verb)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[own, *signature.parameters.values()]
+    )
+    return call
 
 
 def twin(

@@ -6,15 +6,16 @@ import math
 import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from apothic.errors import ConflictError, InvalidOptionError, VolumeNotFoundError
 from apothic.names import check_name
+from apothic.twins import Twin, Twins, class_twin, twin
 
 if TYPE_CHECKING:
     from apothic.backend import ControlPlaneClient
 
-__all__ = ["StorageMount", "Volume", "mounts_from"]
+__all__ = ["StorageMount", "Volume", "VolumeAio", "VolumeClassAio", "mounts_from"]
 
 VolumeBackend = Literal["cloud_bucket", "vast_local"]
 _BACKENDS = ("cloud_bucket", "vast_local")
@@ -65,8 +66,16 @@ class StorageMount:
             _check_path(self.mount_path)
 
 
+class _HasTwins:
+    """Apart from `Volume`, whose decorator would read the attribute before there are twins."""
+
+    aio: ClassVar[Twins[Volume, VolumeClassAio, VolumeAio]] = Twins(
+        lambda: VolumeClassAio(), lambda volume: VolumeAio(volume)
+    )
+
+
 @dataclass(frozen=True)
-class Volume(StorageMount):
+class Volume(_HasTwins, StorageMount):
     """A named directory on the cluster that outlives the instances which mount it."""
 
     @classmethod
@@ -174,6 +183,24 @@ class Volume(StorageMount):
 
     def _ensure(self, client: ControlPlaneClient | None, base_url: str | None) -> None:
         _connect(client, base_url).ensure_volume(replace(self))
+
+
+class VolumeClassAio:
+    """Async twins of what `Volume` itself can be asked."""
+
+    __slots__ = ()
+
+    from_name: Final = class_twin(Volume.from_name)
+    create: Final = class_twin(Volume.create)
+    list: Final = class_twin(Volume.list)
+
+
+class VolumeAio(Twin[Volume], VolumeClassAio):
+    """Async twins of `Volume`."""
+
+    __slots__ = ()
+
+    delete: Final = twin(Volume.delete)
 
 
 def check_same_volume(stored: StorageMount, wanted: StorageMount) -> None:

@@ -95,6 +95,11 @@ def connect(base_url: str | None) -> RayClient:
         return _client
 
 
+def is_connected() -> bool:
+    """Tell whether this process has a connection, so that `connect` starts nothing."""
+    return bool(ray.is_initialized())
+
+
 class RayClient(ControlPlaneClient):
     """A process's connection to Ray: one per process, as Ray has it."""
 

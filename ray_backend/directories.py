@@ -7,7 +7,14 @@ from pathlib import Path
 
 from ray_backend.actors.failure import RemoteFailure
 
-__all__ = ["SHARED_ROOT_VARIABLE", "VOLUME_ROOT_VARIABLE", "local_root", "volume_directory"]
+__all__ = [
+    "SHARED_ROOT_VARIABLE",
+    "VOLUME_ROOT_VARIABLE",
+    "is_volume",
+    "local_root",
+    "shared_root",
+    "volume_directory",
+]
 
 VOLUME_ROOT_VARIABLE = "APOTHIC_VOLUME_ROOT"
 SHARED_ROOT_VARIABLE = "APOTHIC_SHARED_ROOT"
@@ -23,6 +30,18 @@ def local_root() -> Path:
     return Path.home() / ".local" / "share" / "apothic"
 
 
+def shared_root() -> Path | None:
+    """Give the directory of portable volumes on this node, where it has one."""
+    given = os.environ.get(SHARED_ROOT_VARIABLE)
+    return Path(given) if given else None
+
+
+def is_volume(directory: Path) -> bool:
+    """Tell whether a directory is that of a volume, or within one, whether it exists or not."""
+    roots = (local_root(), shared_root())
+    return any(root is not None and root / "volumes" in directory.parents for root in roots)
+
+
 def volume_directory(name: str, backend: str) -> Path:
     """Give a volume's directory on this node; it may not exist yet.
 
@@ -31,12 +50,12 @@ def volume_directory(name: str, backend: str) -> Path:
     """
     if backend == "vast_local":
         return local_root() / "volumes" / name
-    shared = os.environ.get(SHARED_ROOT_VARIABLE)
-    if not shared:
+    shared = shared_root()
+    if shared is None:
         raise RemoteFailure(
             "start",
             f"volume {name!r} is portable, but this node has no shared root: set "
             f"{SHARED_ROOT_VARIABLE} to a directory that all nodes share before Ray starts there, "
             f"or use Volume.vast_local for a directory of one node.",
         )
-    return Path(shared) / "volumes" / name
+    return shared / "volumes" / name

@@ -14,15 +14,20 @@ from typing import Any
 
 import ray
 
+from apothic._version import __version__
 from apothic.errors import EnvironmentSetupError
 from apothic.image import Image
+from ray_backend.ray_api import live_nodes
 from ray_backend.registry import Registry
 from ray_backend.sandbox.engine.context import DOCKERFILE, recipe_digest, write_context
 
 __all__ = ["Environment", "compile_image"]
 
 _DEFAULT_PYTHON = "3.11"  # of `Image.debian_slim`, so nobody asked for it
+_HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 _INSTALLERS = {"pip": "pip", "uv": "uv"}
+_AT_RUN_TIME = ("env", "workdir", "add")
+"""Steps that the worker takes in any image; all others change an image when it is built."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ def compile_image(
         build: builds a recipe on the nodes and gives the image's reference.
 
     Raises:
-        EnvironmentSetupError: when a node lacks what a container needs.
+        EnvironmentSetupError: when a node lacks what a container needs, another Python is asked for
+            than the cluster has, or an image would have to be built on several nodes.
     """
     if image is None:
         return Environment()
@@ -77,10 +83,12 @@ def compile_image(
     runtime_env: dict[str, Any] = {}
     if env:
         runtime_env["env_vars"] = env
-    if image.needs_container:
-        runtime_env["image_uri"] = image.base if image.prebuilt else build(image)
+    _check_python(image.python_version)
+    if image.prebuilt and all(step.kind in _AT_RUN_TIME for step in image.steps):
+        runtime_env["image_uri"] = image.base
+    elif image.needs_container:
+        runtime_env["image_uri"] = build(image if image.prebuilt else _with_worker(image))
     else:
-        _check_python(image.python_version)
         for kind, wanted in packages.items():
             lacking = missing(wanted) if wanted else []
             if lacking:
@@ -93,12 +101,27 @@ def compile_image(
 
 def _check_python(wanted: str | None) -> None:
     """Refuse a Python that the nodes do not run: Ray needs one version on all of them."""
-    here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if wanted not in (None, _DEFAULT_PYTHON, here):
+    if wanted not in (None, _DEFAULT_PYTHON, _HERE):
         raise EnvironmentSetupError(
-            f"Image.debian_slim(python_version={wanted!r}): the cluster runs Python {here}, and Ray "
+            f"Image.debian_slim(python_version={wanted!r}): the cluster runs Python {_HERE}, and Ray "
             f"needs the same one everywhere. Leave python_version out, or run a cluster on {wanted}."
         )
+
+
+def _with_worker(image: Image) -> Image:
+    """Add what Ray starts a worker with: its own release on the same Python, and this package."""
+    if image.base is None:
+        image = image.model_copy(update={"python_version": _HERE})
+    problem = f", the cluster {_HERE}: Ray needs the same one in both. Start from another base."
+    check = (
+        "import sys; found = '%d.%d' % sys.version_info[:2]; "
+        f"sys.exit(found != '{_HERE}' and 'the image has Python ' + found + '{problem}')"
+    )
+    return image.run_commands(
+        f'python -c "{check}"',
+        # By the interpreter that Ray starts, which need not be the one of the first pip on PATH.
+        f"python -m pip install --no-cache-dir ray=={ray.__version__} apothic-ray=={__version__}",
+    )
 
 
 def missing_on_node(requirements: Sequence[str]) -> list[str]:
@@ -113,7 +136,20 @@ def missing_on_node(requirements: Sequence[str]) -> list[str]:
 
 
 def build_on_node(image: Image) -> str:
-    """Build an image with podman on a node, once per node; Ray runs containers with it."""
+    """Build an image with podman on the cluster's node; Ray runs containers with it.
+
+    Raises:
+        EnvironmentSetupError: when it cannot be built, or there are several nodes: an actor may come
+            to another than the one that has the image.
+    """
+    nodes = sum(bool(node["Alive"]) for node in live_nodes())
+    if nodes > 1:
+        raise EnvironmentSetupError(
+            f"the image of a class must be built, as it has steps that need a container or no Ray in "
+            f"it, and what is built is on one node: this cluster has {nodes} nodes. Build it "
+            f"once, push it to a registry that all nodes reach, and use Image.from_registry(…, "
+            f"prebuilt=True)."
+        )
     tag = "localhost/apothic:" + recipe_digest(image)[:32]
     problem = ray.get(_podman_build.remote(image.model_dump_json(), tag))
     if problem is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ray
@@ -76,11 +77,10 @@ def launch(
     placement = place_with_volumes(registry, view(), options)
     plan = make_plan(request, name, spec_digest, options, environment)
     if plan.arguments is None:
-        registry.put_blob(registry.arguments_key(name), request.arguments)
-    if request.named and not placement.is_free and placement.tied_to is None:
-        # Its restarts keep to what is asked for now; the manager asks anew when that is gone.
-        record = pickle.dumps((plan, spec.model_dump_json()))
-        registry.put_revival(name, record)
+        key = registry.arguments_key(name, plan.arguments_digest)
+        registry.put_blob(key, request.arguments)
+    # Its restarts keep to what is asked for now; the manager asks anew when that is gone.
+    revivable = request.named and not placement.is_free and placement.tied_to is None
     ray_options = _ray_options(name, options, placement)
     if environment.runtime_env is not None:
         ray_options["runtime_env"] = environment.runtime_env
@@ -88,10 +88,10 @@ def launch(
     if is_client_mode():
         # A proxy makes actors later, and does not tell who made one.
         make = make.options(get_if_exists=request.reuse, **ray_options)
-        return Launched(make.remote(plan), None)
+        return Launched(make.remote(replace(plan, keeps_revival=revivable)), None)
     for attempt in range(CREATION_ATTEMPTS):
         try:
-            return Launched(make.options(**ray_options).remote(plan), placement)
+            launched = Launched(make.options(**ray_options).remote(plan), placement)
         except ValueError:
             # Somebody was quicker; we must know, since only who made an actor may move it.
             found = _find(name) if request.reuse else None
@@ -99,7 +99,18 @@ def launch(
                 return Launched(found, None)
             if not request.reuse or attempt == CREATION_ATTEMPTS - 1:
                 raise
+        else:
+            if revivable:
+                _keep_revival(registry, name, plan.revival(spec.model_dump_json()))
+            return launched
     raise AssertionError("unreachable")
+
+
+def _keep_revival(registry: Registry, name: str, record: bytes) -> None:
+    """Store how to make an actor again that was made just now, unless it is gone already."""
+    registry.put_revival(name, record)
+    if registry.get_lease(name) is None:  # closed meanwhile, and nobody will look for this again
+        registry.delete_revival(name)
 
 
 def relaunch(

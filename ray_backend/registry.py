@@ -56,7 +56,7 @@ class Registry:
 
     def has_blob(self, digest: str) -> bool:
         """Tell whether content is stored."""
-        return bool(kv._internal_kv_exists(f"blob/{digest}".encode(), namespace=_NAMESPACE))
+        return self._exists(f"blob/{digest}")
 
     def get_blob(self, digest: str) -> bytes | None:
         """Give stored content."""
@@ -71,9 +71,12 @@ class Registry:
         return self._list("blob/")
 
     @staticmethod
-    def arguments_key(actor_name: str) -> str:
-        """Give the key under which an instance's large constructor arguments are a blob."""
-        return f"arguments/{actor_name}"
+    def arguments_key(actor_name: str, digest: str) -> str:
+        """Give the key under which an instance's large constructor arguments are a blob.
+
+        With their digest: two may try to make an instance of one name, each with its own arguments.
+        """
+        return f"arguments/{actor_name}/{digest}"
 
     # -- specs and apps --------------------------------------------------------------------------
 
@@ -132,7 +135,7 @@ class Registry:
         unused = {
             key
             for key in self.list_blobs()
-            if key not in used and key.removeprefix("arguments/") not in leases
+            if key not in used and key.removeprefix("arguments/").partition("/")[0] not in leases
         }
         for key in unused & unused_before:
             self.delete_blob(key)
@@ -233,8 +236,10 @@ class Registry:
     def forget_lease(self, actor_name: str) -> None:
         """Remove an instance's lease and what was stored for it alone."""
         self._delete(f"lease/{actor_name}")
-        self.delete_blob(self.arguments_key(actor_name))
-        self._delete(f"revival/{actor_name}")
+        arguments = self.arguments_key(actor_name, "")
+        for digest in self._list(f"blob/{arguments}"):
+            self.delete_blob(f"{arguments}{digest}")
+        self.delete_revival(actor_name)
         self._delete(f"replaced/{actor_name}")
         self._delete(f"start/{actor_name}")
 
@@ -309,6 +314,10 @@ class Registry:
         """Give what it takes to make a named instance again."""
         return self._get(f"revival/{actor_name}")
 
+    def delete_revival(self, actor_name: str) -> None:
+        """Forget what it takes to make a named instance again."""
+        self._delete(f"revival/{actor_name}")
+
     def list_revivals(self) -> list[str]:
         """Name the instances that can be made again."""
         return self._list("revival/")
@@ -335,7 +344,7 @@ class Registry:
 
     def was_moved(self, actor_id: str) -> bool:
         """Tell whether another actor took over, or is about to."""
-        return bool(kv._internal_kv_exists(f"moved/{actor_id}".encode(), namespace=_NAMESPACE))
+        return self._exists(f"moved/{actor_id}")
 
     def sweep_words(self) -> None:
         """Remove words that no caller came for within an hour."""
@@ -365,6 +374,9 @@ class Registry:
     def _get(self, key: str) -> bytes | None:
         found: bytes | None = kv._internal_kv_get(key.encode(), namespace=_NAMESPACE)
         return found
+
+    def _exists(self, key: str) -> bool:
+        return bool(kv._internal_kv_exists(key.encode(), namespace=_NAMESPACE))
 
     def _get_json(self, key: str) -> dict[str, Any] | None:
         found = self._get(key)

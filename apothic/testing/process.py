@@ -20,7 +20,7 @@ from apothic.errors import (
     JobCancelledError,
     SerializationError,
 )
-from apothic.inprocess import LoopThread
+from apothic.inprocess import LoopThread, format_error, text_of
 from apothic.packing import dumps, loads
 from apothic.testing.running import (
     GRACE_S,
@@ -29,8 +29,6 @@ from apothic.testing.running import (
     Interrupted,
     Threads,
     Watch,
-    format_error,
-    text_of,
     travelled,
 )
 from apothic.twins import in_thread

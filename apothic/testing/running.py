@@ -7,15 +7,14 @@ import contextlib
 import ctypes
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
 from apothic.errors import JobCancelledError, RemoteError, RemoteTraceback
+from apothic.inprocess import format_error, text_of
 from apothic.packing import dumps, loads
 from apothic.values import MethodInfo
 
@@ -26,8 +25,6 @@ __all__ = [
     "Interrupted",
     "Threads",
     "Watch",
-    "format_error",
-    "text_of",
     "travelled",
 ]
 
@@ -328,31 +325,6 @@ def travelled(error: BaseException) -> Exception:
             return back  # type: ignore[no-any-return]  # it is of the type of `error`
     kind = type(error)
     return RemoteError(f"{kind.__module__}.{kind.__qualname__}", text_of(error), trace)
-
-
-def text_of(error: BaseException) -> str:
-    """Give its text, whatever its ``__str__`` does."""
-    try:
-        return str(error)
-    except Exception as broken:
-        return f"<its __str__ raised {type(broken).__name__}>"
-
-
-def format_error(error: BaseException) -> str:
-    """Format an exception with its causes, without the frames of this engine."""
-    trace = error.__traceback__
-    while trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == _HERE:
-        trace = trace.tb_next
-    if trace is not None:
-        error.__traceback__ = trace
-    try:
-        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    except Exception as broken:  # a __str__, __cause__ or note of the user's may itself be broken
-        head = "".join(traceback.format_tb(error.__traceback__))
-        return f"{head}{type(error).__qualname__}: <formatting raised {type(broken).__name__}>\n"
-
-
-_HERE = Path(__file__).parent
 
 
 # -- interrupting threads -----------------------------------------------------------------------

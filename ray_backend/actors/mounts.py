@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from apothic.volume import HOST_LOCAL
 from ray_backend.actors.failure import RemoteFailure
-from ray_backend.directories import local_root, volume_directory
+from ray_backend.directories import is_volume, local_root, volume_directory
 from ray_backend.registry import Registry
 
 __all__ = ["Mounts"]
@@ -61,7 +61,7 @@ class Mounts:
                         f"mount path {str(path)!r} of volume {name!r} is in use on this node for "
                         f"{os.readlink(path)!r}. Give one of the classes another mount path.",
                     )
-                if (locks.parent / "volumes") in Path(os.readlink(path)).parents:
+                if is_volume(Path(os.readlink(path))):
                     path.unlink()  # left by a process that was killed
             if path.exists() or path.is_symlink():
                 raise RemoteFailure(

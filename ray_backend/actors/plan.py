@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,12 @@ __all__ = ["InstancePlan"]
 
 @dataclass(frozen=True)
 class InstancePlan:
-    """What an instance is made of, in plain values, as it travels to the actor."""
+    """What an instance is made of, in plain values, as it travels to the actor.
+
+    Attributes:
+        arguments: the constructor's, packed; None where they are large: they are then in the registry.
+        keeps_revival: the actor itself stores what it takes to make it again on another node.
+    """
 
     app: str
     cls: str
@@ -30,6 +36,11 @@ class InstancePlan:
     mounts: tuple[dict[str, Any], ...] = ()
     files: tuple[tuple[str, str], ...] = ()
     workdir: str | None = None
+    keeps_revival: bool = False
+
+    def revival(self, spec_json: str) -> bytes:
+        """Write down what it takes to make the instance again; ``spec_json`` is its class's."""
+        return pickle.dumps((self, spec_json))
 
     @property
     def label(self) -> str:

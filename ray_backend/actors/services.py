@@ -110,6 +110,10 @@ class WorkerServices:
     def prepare(self) -> None:
         """Set secrets, volumes and files up, in that order, before the class is loaded."""
         self._registry.note_start(self._plan.actor_name)
+        if self._plan.keeps_revival:
+            spec = self._registry.get_spec(self._plan.spec_digest)
+            if spec is not None:
+                self._registry.put_revival(self._plan.actor_name, self._plan.revival(spec))
         share_class_identities()
         for name in self._plan.secrets:
             variables = self._registry.get_secret(name)
@@ -161,7 +165,10 @@ class WorkerServices:
         cls = load_class(self._fetch(self._plan.blob_digest))
         packed = self._plan.arguments
         if packed is None:
-            packed = self._fetch(self._registry.arguments_key(self._plan.actor_name))
+            plan = self._plan
+            packed = self._fetch(
+                self._registry.arguments_key(plan.actor_name, plan.arguments_digest)
+            )
         args, kwargs = loads(packed)
         return cls, args, kwargs
 

@@ -163,6 +163,8 @@ class SandboxPlan:
 
     def variables(self, fetch: Callable[[str], bytes]) -> Mapping[bytes, bytes | None]:
         """Give ``env`` as it was asked for; ``fetch`` gives what the registry has of a key."""
-        env = self.env if self.env is not None else fetch(Registry.arguments_key(self.actor_name))
+        env = self.env
+        if env is None:
+            env = fetch(Registry.arguments_key(self.actor_name, self.arguments_digest))
         found: Mapping[bytes, bytes | None] = pickle.loads(env)
         return found

@@ -372,7 +372,8 @@ class Sandboxes:
             placement = placement.with_a_node()
         env: bytes | None = pickle.dumps(dict(request.env))
         if env is not None and len(env) > INLINE_BYTES:
-            self.registry.put_blob(self.registry.arguments_key(name), env)
+            key = self.registry.arguments_key(name, request.arguments_digest)
+            self.registry.put_blob(key, env)
             env = None
         plan = SandboxPlan(
             actor_name=name,

@@ -24,11 +24,14 @@ from apothic.errors import (
     SerializationError,
     UsageError,
 )
+from ray_backend.actors.gate import AHEAD
 from tests.conformance.exceptions import OddError
 from tests.conformance.subjects import (
     AsyncBox,
     Box,
     Conformance,
+    Eager,
+    EagerAsync,
     Flaky,
     Narrow,
     Pair,
@@ -126,6 +129,16 @@ class Calls(Conformance):
             assert list(box.count.remote_gen(0)) == []
             assert list(async_box.count.remote_gen(1000)) == list(range(1000))
             assert list(async_box.sync_count.remote_gen(3)) == [0, 1, 2]
+
+    @pytest.mark.parametrize("cls", [Eager, EagerAsync])
+    def test_a_producer_is_held_back_by_a_consumer_that_does_not_read(self, cls: Cls) -> None:
+        # One that waits for its consumer makes nothing, so that the count stands without being watched.
+        with cls.new() as eager, eager.items.remote_gen(2000) as stream:
+            eventually(lambda: eager.standing.remote() == (True, AHEAD + 1))
+            taken = [next(stream) for _ in range(AHEAD)]
+            eventually(lambda: eager.standing.remote() == (True, 2 * AHEAD + 1))
+            assert [*taken, *stream] == list(range(2000))
+            assert eager.standing.remote() == (False, 2000)
 
     @pytest.mark.parametrize("leave", ["break", "close", "drop", "with"])
     def test_leaving_a_generator_early_runs_its_finally(self, log: Path, leave: str) -> None:

@@ -9,11 +9,13 @@ import asyncio
 import ctypes
 import os
 import sqlite3
+import sys
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -419,6 +421,48 @@ class Pool(Box):
 @app.cls(**SMALL, max_pending_tasks=3)
 class Narrow(Box):
     pass
+
+
+@app.cls(**SMALL, concurrent_requests=2)
+class Eager:
+    """Makes items as fast as it is let, and tells how it stands."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    @method()
+    def items(self, n: int) -> Iterator[int]:
+        for number in range(n):
+            self.made += 1
+            yield number
+
+    @method()
+    def standing(self) -> tuple[bool, int]:
+        """Tell whether a producer waits for its consumer, and how many items were made by then."""
+        return waits_for_consumer(), self.made
+
+
+@app.cls(**SMALL, concurrent_requests=2)
+class EagerAsync(Eager):
+    @method()
+    async def items(self, n: int) -> AsyncIterator[int]:  # type: ignore[override]
+        for number in range(n):
+            self.made += 1
+            yield number
+
+
+def waits_for_consumer() -> bool:
+    """Tell whether a thread of this process waits where an engine holds producers back."""
+    for frame in sys._current_frames().values():
+        stack = []
+        inner: FrameType | None = frame
+        while inner is not None:
+            stack.append((Path(inner.f_code.co_filename).name, inner.f_code.co_name))
+            inner = inner.f_back
+        held_back = ("gate.py", "admit") in stack or ("running.py", "put") in stack
+        if held_back and stack[0] == ("threading.py", "wait"):
+            return True
+    return False
 
 
 class ReadsEnvironment:

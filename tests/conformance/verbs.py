@@ -12,6 +12,7 @@ import pytest
 
 from apothic import (
     App,
+    ClassInstance,
     Cls,
 )
 from apothic.errors import (
@@ -172,6 +173,31 @@ class Verbs(Conformance):
             with one.make.remote(4) as made:
                 assert made.add.remote() == 5
             assert pickle.loads(pickle.dumps(two)).add.remote(0) == 13
+
+    def test_what_is_gone_comes_out_of_a_pickle_and_says_so_at_first_use(self) -> None:
+        with Box.new(1) as box:
+            data = pickle.dumps({"box": box, "rest": [1]})
+            handle = box.handle
+            assert not pickle.loads(data)["box"].closed
+        back = pickle.loads(data)["box"]
+        assert isinstance(back, ClassInstance)
+        assert back.handle == handle
+        assert back.id == handle.instance_id
+        assert not back.closed
+        assert handle.instance_id in repr(back)
+        assert "inspect" in dir(back)
+        assert pickle.loads(pickle.dumps(back)).handle == handle
+        assert not back.close().closed
+        for use in (lambda: back.add, back.inspect, back.__enter__):
+            with pytest.raises(InstanceNotFoundError, match="was closed"):
+                use()
+
+    def test_functions_of_an_instance_say_what_their_class_says(self) -> None:
+        with Box.new() as box:
+            for function in (box.add, Box.methods["add"], Box.local().add):
+                assert function.options == Box.options.model_dump(mode="json")
+            box.add.options["cpu"] = 7
+            assert box.who.options["cpu"] == Box.options.cpu
 
     def test_handles_of_what_is_gone_or_foreign(self) -> None:
         with Box.new() as box:

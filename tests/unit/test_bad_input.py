@@ -112,10 +112,6 @@ OPTIONS: list[tuple[dict[str, object], tuple[str, str, str]]] = [
         {"retries": Retries(2), "max_retries": 1},
         ("Retries(max_retries=2", "differ", "Give one of them"),
     ),
-    (
-        {"max_pending_tasks": 2, "concurrent_requests": 3},
-        ("max_pending_tasks=2", "running calls count as pending", "Raise max_pending_tasks"),
-    ),
     ({"secrets": ["TOKEN"]}, ("holds a str", "apothic.Secret", "Secret.create")),
     ({"secrets": "TOKEN"}, ("given a str", "list of apothic.Secret", "Secret.from_name")),
     ({"volumes": {"data": Volume.cloud("v")}}, ("'data'", "absolute path", "Write '/data'")),

@@ -265,6 +265,7 @@ def _unmarked() -> Callable[[object], None]:
         ({"inspect": method()(_unmarked())}, "'inspect'"),
         ({"apothic_x": method()(_unmarked())}, "'apothic_x'"),
         ({"__len__": method()(_unmarked())}, "__len__"),
+        ({"_hidden": method()(_unmarked())}, "_hidden is marked @method.. and private"),
         ({"m": method()(lambda: None)}, "no first parameter"),
         ({"m": method()(lambda *, a: None)}, "no first parameter"),
         ({"m": method()(_unmarked()), "h": enter()(lambda self, a: None)}, "needs a"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
 from apothic import App, Image, Secret, Volume, backend, enter, exit, method
 from apothic.errors import (
@@ -232,3 +234,19 @@ def test_it_loads_neither_ray_nor_docker() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_a_process_without_a_connection_loads_instances_and_connects_at_first_use() -> None:
+    with fake_engine() as engine, Counter.new("far") as box:
+        data = pickle.dumps([box, box])
+        backend.use_client(None)
+        try:
+            first, second = pickle.loads(data)
+            assert first is second
+            assert first.handle == box.handle
+            assert not ray.is_initialized()
+        finally:
+            backend.use_client(engine)
+        assert "not attached" in repr(first)
+        assert first.add.remote(2) == 2
+        assert "not attached" not in repr(first)

@@ -79,6 +79,18 @@ def test_defaults_are_those_of_the_contract() -> None:
 
 
 @pytest.mark.parametrize(
+    "given_options",
+    [{"concurrent_requests": 200}, {"concurrent_requests": 3, "max_pending_tasks": 2}],
+)
+def test_one_process_need_not_fill_a_container(given_options: dict[str, int]) -> None:
+    for found in (
+        options(**given_options),
+        App("many").sandbox(**given_options).options,  # type: ignore[arg-type]
+    ):
+        assert found.model_dump(include=given_options.keys()) == given_options
+
+
+@pytest.mark.parametrize(
     ("given_options", "expected"),
     [
         ({"retries": 3}, Retries(3)),
