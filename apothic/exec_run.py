@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import TracebackType
+from typing import Any
 
 from typing_extensions import Self
 
@@ -35,7 +36,7 @@ class ExecRun:
     """A program that is about to run; ``async with`` it, take its output, then look at `outcome`.
 
     Leaving the block before the end of the output, for whatever reason, kills the program and all
-    that descends from it, and returns when that is dead.
+    that descends from it, and returns when that is dead, also where the task is cancelled again.
     """
 
     def __init__(
@@ -154,12 +155,29 @@ class ExecRun:
         try:
             if self._process is not None:
                 self._stop_clock()
-                killing = self._process.kill(KILL_GRACE_S, discard_output=True)
-                await asyncio.shield(killing)
-                self._let_go()
+                try:
+                    await _to_its_end(self._process.kill(KILL_GRACE_S, discard_output=True))
+                finally:
+                    self._let_go()
         finally:
             if self._slots is not None:
                 self._slots.release()
+
+
+async def _to_its_end(killing: Coroutine[Any, Any, None]) -> None:
+    """Await a kill; being cancelled meanwhile, however often, comes after it."""
+    task = asyncio.ensure_future(killing)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    try:
+        task.result()
+    finally:
+        if cancelled is not None:
+            raise cancelled
 
 
 class KeptOutput:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -84,6 +85,42 @@ class Ended(Process):
         self.detached = True
 
 
+class Held(Process):
+    """A program that runs until it is killed, and takes its time to die."""
+
+    def __init__(self, running: set[Held]) -> None:
+        self.running = running
+        self.dying = asyncio.Event()
+        self.may_die = asyncio.Event()
+        self.dead = asyncio.Event()
+        self.detached = False
+        running.add(self)
+
+    @override
+    async def next_output(self) -> None:
+        await self.dead.wait()
+
+    @property
+    @override
+    def exit(self) -> Exit:
+        return Exit(None, 15, 1)
+
+    @override
+    async def has_ended(self) -> bool:
+        return self.dead.is_set()
+
+    @override
+    async def kill(self, grace_s: float, *, discard_output: bool = False) -> None:
+        self.dying.set()
+        await self.may_die.wait()
+        self.dead.set()
+        self.running.discard(self)
+
+    @override
+    def detach(self) -> None:
+        self.detached = True
+
+
 class Memory(Workspace):
     def __init__(self, state: bytes = b"") -> None:
         self.files: dict[bytes, bytes] = {}
@@ -93,6 +130,9 @@ class Memory(Workspace):
         self.state_max: int | None = None
         self.next: Exit | StartFailure = Exit(0, None, 0.1)
         self.lost = False
+        self.holding = False
+        self.held: list[Held] = []
+        self.running: set[Held] = set()
 
     async def environ(self) -> Mapping[bytes, bytes]:
         return {b"HOME": b"/root", b"PATH": b"/bin", b"TOKEN": b"image"}
@@ -101,6 +141,10 @@ class Memory(Workspace):
         if self.lost:
             raise SandboxLostError("gone.")
         self.command = command
+        if self.holding:
+            held = Held(self.running)
+            self.held.append(held)
+            return held
         return Ended(self.next)
 
     async def stat(self, path: bytes) -> FileStat:
@@ -257,6 +301,166 @@ def test_how_a_program_ended() -> None:
         assert core.status().running_calls == 0
 
     asyncio.run(work())
+
+
+# Slots. Each way to end an exec is followed by as many execs as there are slots, and one more.
+
+
+async def settled() -> None:
+    """Let everything go on that can: nothing here waits for more than a few turns of the loop."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def check_slots(core: SessionCore, workspace: Memory) -> None:
+    """See that both slots are free, and that there is no third."""
+    assert workspace.running == set()
+    assert core.status().running_calls == 0
+    workspace.holding = True
+    del workspace.held[:]
+    execs = [asyncio.create_task(core.exec(request(), None)) for _ in range(3)]
+    await settled()
+    assert len(workspace.held) == 2
+    for task in execs:
+        task.cancel()
+    await settled()
+    for held in workspace.held:
+        held.may_die.set()
+    assert len(await asyncio.gather(*execs, return_exceptions=True)) == 3
+    assert workspace.running == set()
+
+
+async def end_by_failing(core: SessionCore, workspace: Memory) -> None:
+    workspace.holding = False
+    for stage, number in ((StartStage.PROGRAM, errno.ENOENT), (StartStage.OTHER, errno.EAGAIN)):
+        workspace.next = StartFailure(stage, number)
+        with contextlib.suppress(ExecStartError):
+            await core.exec(request(), None)
+        with contextlib.suppress(ExecStartError):
+            assert [item async for item in core.exec_stream(request(), None)]
+
+
+async def end_by_loss(core: SessionCore, workspace: Memory) -> None:
+    workspace.lost = True
+    with pytest.raises(SandboxLostError):
+        await core.exec(request(), None)
+    workspace.lost = False
+
+
+async def end_by_itself(core: SessionCore, workspace: Memory) -> None:
+    workspace.holding, workspace.next = False, Exit(0, None, 0.1)
+    await core.exec(request(), None)
+    assert len([item async for item in core.exec_stream(request(), None)]) == 1
+
+
+async def end_by_timeout(core: SessionCore, workspace: Memory) -> None:
+    task = asyncio.create_task(core.exec(ExecRequest((b"x",), 0.001, 100), None))
+    await settled()
+    await workspace.held[-1].dying.wait()
+    workspace.held[-1].may_die.set()
+    assert (await task).timed_out
+
+
+async def end_by_cancelling_during_a_timeout(core: SessionCore, workspace: Memory) -> None:
+    task = asyncio.create_task(core.exec(ExecRequest((b"x",), 0.001, 100), None))
+    await settled()
+    await workspace.held[-1].dying.wait()
+    task.cancel()
+    await settled()
+    assert not task.done()
+    workspace.held[-1].may_die.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def end_by_closing_a_stream(core: SessionCore, workspace: Memory) -> None:
+    workspace.holding, workspace.next = False, StartFailure(StartStage.PROGRAM, errno.ENOENT)
+    stream = core.exec_stream(request(), None)
+    assert (await stream.__anext__())[0] == "stderr"
+    await stream.aclose()  # type: ignore[attr-defined]  # it is a generator
+
+
+async def end_while_waiting(core: SessionCore, workspace: Memory) -> None:
+    running = [asyncio.create_task(core.exec(request(), None)) for _ in range(2)]
+    await settled()
+    waiting = asyncio.create_task(core.exec(request(), None))
+    await settled()
+    assert len(workspace.running) == 2
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    for task, held in zip(running, list(workspace.held), strict=True):
+        held.may_die.set()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def end_by_cancelling(core: SessionCore, workspace: Memory) -> None:
+    task = asyncio.create_task(core.exec(request(), None))
+    await settled()
+    task.cancel()
+    await workspace.held[-1].dying.wait()
+    assert not task.done()
+    workspace.held[-1].may_die.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert workspace.held[-1].detached
+
+
+async def end_by_cancelling_again_and_again(core: SessionCore, workspace: Memory) -> None:
+    tasks = [asyncio.create_task(core.exec(request(), None)) for _ in range(2)]
+    await settled()
+    next_one = asyncio.create_task(core.exec(request(), None))
+    for _ in range(3):
+        tasks[0].cancel()
+        await settled()
+        assert not tasks[0].done()  # its program is not dead
+        assert len(workspace.held) == 2  # so its slot is taken
+    for task, held in zip(tasks, list(workspace.held), strict=True):
+        held.may_die.set()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert held.detached
+    await settled()
+    workspace.held[-1].may_die.set()
+    next_one.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await next_one
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        end_by_failing,
+        end_by_loss,
+        end_by_itself,
+        end_by_timeout,
+        end_by_cancelling_during_a_timeout,
+        end_by_closing_a_stream,
+        end_while_waiting,
+        end_by_cancelling,
+        end_by_cancelling_again_and_again,
+    ],
+)
+def test_a_slot_is_free_again_once_the_program_is_dead(
+    end: Callable[[SessionCore, Memory], Awaitable[None]],
+) -> None:
+    async def work() -> None:
+        workspace = Memory()
+        core = await started(workspace, concurrent_requests=2)
+        try:
+            for _ in range(3):
+                workspace.holding = True
+                del workspace.held[:]
+                await end(core, workspace)
+            await check_slots(core, workspace)
+        finally:
+            for held in workspace.running:
+                held.may_die.set()  # where the test has failed
+
+    asyncio.run(asyncio.wait_for(work(), 30))
 
 
 def test_parts_that_overtake_one_another() -> None:
