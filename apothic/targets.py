@@ -22,10 +22,11 @@ from apothic.errors import (
     InstanceLostError,
     PendingTasksExceededError,
     PlacementError,
+    RemoteTraceback,
 )
 from apothic.values import CloseReport, MethodInfo
 
-__all__ = ["IDLE_S", "Target"]
+__all__ = ["IDLE_S", "Target", "was_refused"]
 
 IDLE_S = 30.0
 """Seconds without a call after which an extra replica is given up."""
@@ -113,13 +114,11 @@ class Target:
             with self._running() as replica:
                 try:
                     return replica.ref.submit(method, args, kwargs, timeout_s).result()
-                except InstanceClosedError:
-                    # It was refused, so it did not run. Another process closed a shared replica.
-                    if not self._forget(replica):
+                except Exception as error:
+                    # Another process may have closed a shared replica. Only what it refused is sent
+                    # to the next one: a call that was interrupted has run.
+                    if not self._forget_if_gone(replica, error) or not was_refused(error):
                         raise
-                except (InstanceLostError, PlacementError):
-                    self._forget(replica)
-                    raise
 
     def submit(
         self,
@@ -156,8 +155,7 @@ class Target:
                 if call in replica.tracked:
                     replica.tracked.remove(call)
                     replica.idle_since = time.monotonic()
-                    if isinstance(error, (InstanceLostError, InstanceClosedError, PlacementError)):
-                        self._forget(replica)
+                    self._forget_if_gone(replica, error)
 
     def wait_for_slot(self) -> None:
         """Wait until a call would be admitted."""
@@ -177,6 +175,11 @@ class Target:
     def is_open(self) -> bool:
         """Whether a replica is there, so that submitting does not wait for one."""
         return bool(self._replicas) or self.closed
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls count as unfinished; some may have ended since anybody looked."""
+        return self._in_flight()
 
     def primary(self) -> InstanceRef:
         """Give the first replica, opening it if there is none."""
@@ -273,14 +276,29 @@ class Target:
                 self._replicas.append(best)
         return best
 
-    def _forget(self, replica: _Replica) -> bool:
-        """Drop a replica that is gone; True when another will be opened in its place."""
-        if not self._replaceable:
+    def _forget_if_gone(self, replica: _Replica, error: BaseException | None) -> bool:
+        """Drop a replica if that is what an error says; True when another can take its place."""
+        if not self._replaceable or not _says_gone(error):
             return False
         with self._lock:
             if replica in self._replicas:
                 self._replicas.remove(replica)
         return not self.closed
+
+
+def was_refused(error: BaseException) -> bool:
+    """Tell whether an instance that was closed refused a call, so that it did not run."""
+    return isinstance(error, InstanceClosedError) and error.refused and _is_own(error)
+
+
+def _says_gone(error: BaseException | None) -> bool:
+    gone = (InstanceLostError, InstanceClosedError, PlacementError)
+    return isinstance(error, gone) and _is_own(error)
+
+
+def _is_own(error: BaseException) -> bool:
+    """Tell an instance's own end from that of another one, whose error its user code let through."""
+    return not isinstance(error.__cause__, RemoteTraceback)
 
 
 class _CountedStream(ItemStream):

@@ -17,12 +17,14 @@ from ray import exceptions as rays
 
 from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest
 from apothic.errors import (
+    InstanceClosedError,
     InstanceLostError,
     PlacementError,
     SerializationError,
     UsageError,
 )
 from apothic.values import ClassInstanceHandle, CloseReport, InstanceInfo, MethodInfo
+from ray_backend import ray_api
 from ray_backend.actors.compile import actor_method_name
 from ray_backend.actors.gate import ACK_EVERY, CONSUMER_KEY
 from ray_backend.actors.host import TIMEOUT_KEY
@@ -79,10 +81,17 @@ class RayInstance(InstanceRef):
         if timeout_s is not None:
             kwargs = {**kwargs, TIMEOUT_KEY: timeout_s}
         submitter = self.submitter(method.name)
+        in_vain = self.is_known_dead
         try:
-            return RayCall(self, submitter(*args, **kwargs), method.name, args, kwargs, timeout_s)
+            ref = submitter(*args, **kwargs)
+            return RayCall(self, ref, method.name, args, kwargs, timeout_s, in_vain)
         except (TypeError, pickle.PicklingError, AttributeError) as error:
             raise self._unserializable(method, args, kwargs, error) from error
+
+    @property
+    def is_known_dead(self) -> bool:
+        """Whether it had ended before what is sent to it now, which then cannot run."""
+        return not self._handle.named and ray_api.is_known_dead(self._actor)
 
     def submitter(self, method: str) -> Callable[..., Any]:
         """Give what sends a call of a method to the actor."""
@@ -127,8 +136,10 @@ class RayInstance(InstanceRef):
         def send() -> Any:
             return self._stream_submitter(method.name)(*args, **kwargs)
 
+        in_vain = self.is_known_dead
+        again = send if self.may_wait else None
         try:
-            return RayStream(self, send(), timeout_s, again=send if self.may_wait else None)
+            return RayStream(self, send(), timeout_s, in_vain, again=again)
         except (TypeError, pickle.PicklingError, AttributeError) as error:
             raise self._unserializable(method, args, kwargs, error) from error
 
@@ -193,7 +204,10 @@ class RayInstance(InstanceRef):
                 f"{self.label} lost its node and was made again on another; this call may or may not "
                 f"have had effects. Call again, or give the class retries=."
             )
-        return translate(error, self.label, lambda: self._timeout_word(call), waited_s)
+        found = translate(error, self.label, lambda: self._timeout_word(call), waited_s)
+        if isinstance(found, InstanceClosedError) and gone:
+            found.refused = call.in_vain
+        return found
 
     def _timeout_word(self, call: Submitted) -> str | None:
         """Read what the process left for a call that it could only end together with itself."""
@@ -241,17 +255,34 @@ class RayInstance(InstanceRef):
 
 @dataclass(frozen=True)
 class Submitted:
-    """What is known of a call when it fails: its reference, own limit, and when it was submitted."""
+    """What is known of a call when it fails.
+
+    Attributes:
+        ref: its reference.
+        timeout_s: its own limit, or None.
+        since: when it was submitted, on the monotonic clock.
+        in_vain: its actor was known to be dead before, so that it did not run.
+    """
 
     ref: Any
     timeout_s: float | None
     since: float
+    in_vain: bool = False
 
 
 class RayCall(CallRef):
     """One call: an ObjectRef, and what it takes to send it again if it never reached the actor."""
 
-    __slots__ = ("_args", "_instance", "_kwargs", "_method", "_ref", "_since", "_timeout_s")
+    __slots__ = (
+        "_args",
+        "_in_vain",
+        "_instance",
+        "_kwargs",
+        "_method",
+        "_ref",
+        "_since",
+        "_timeout_s",
+    )
 
     _moving = threading.Lock()
 
@@ -263,8 +294,10 @@ class RayCall(CallRef):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         timeout_s: float | None,
+        in_vain: bool,
     ) -> None:
-        """Wrap a submitted call."""
+        """Wrap a submitted call; ``in_vain`` says that its actor was known to be dead before."""
+        self._in_vain = in_vain
         self._instance = instance
         self._ref = ref
         self._timeout_s = timeout_s
@@ -290,7 +323,7 @@ class RayCall(CallRef):
 
     @property
     def _submitted(self) -> Submitted:
-        return Submitted(self._ref, self._timeout_s, self._since)
+        return Submitted(self._ref, self._timeout_s, self._since, self._in_vain)
 
     def _raise(self, error: BaseException, timeout_s: float | None) -> NoReturn:
         found = self._instance.error_of(error, self._submitted, timeout_s)
@@ -308,6 +341,7 @@ class RayCall(CallRef):
                 return True
             if not self._instance.never_ran(ref, error):
                 return False
+            self._in_vain = False
             self._ref = self._instance.submitter(self._method)(*self._args, **self._kwargs)
             return True
 
@@ -399,6 +433,7 @@ class RayStream(ItemStream):
         instance: RayInstance,
         generator: Any,
         timeout_s: float | None,
+        in_vain: bool,
         *,
         again: Callable[[], Any] | None = None,
     ) -> None:
@@ -408,12 +443,13 @@ class RayStream(ItemStream):
             instance: which runs it.
             generator: gives the references.
             timeout_s: the call's own limit, or None.
+            in_vain: its actor was known to be dead before.
             again: sends it anew, where its actor may be moved before it runs.
         """
         self._instance = instance
         self._again = again
         self._timeout_s = timeout_s
-        self._submitted = Submitted(generator._generator_ref, timeout_s, time.monotonic())
+        self._submitted = Submitted(generator._generator_ref, timeout_s, time.monotonic(), in_vain)
         self._generator = generator
         self._open = True
         self._count = 0

@@ -180,7 +180,10 @@ class InstanceHost:
             raise self._closed_failure()
 
     def _closed_failure(self) -> RemoteFailure:
-        return RemoteFailure("closed", f"{self.plan.label} is closed. Make or name a new instance.")
+        """Refuse a call that did not begin; "closed" is of one that ran and was interrupted."""
+        return RemoteFailure(
+            "refused", f"{self.plan.label} is closed. Make or name a new instance."
+        )
 
     # -- calls -----------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from apothic import ClassInstance
 from apothic.errors import (
     FunctionTimeoutError,
+    InstanceClosedError,
     InstanceLostError,
     InstanceNotFoundError,
 )
@@ -59,6 +61,32 @@ class Losses(Conformance):
                 box.add.remote()
             assert box.add.remote() == 2
         assert lines(log) == ["init", "enter", "init", "enter", "exit"]
+
+    def test_a_bound_call_that_a_closing_interrupts_is_not_run_again(
+        self, log: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.hasten_closing(monkeypatch)
+        with Box.bind(1, str(log)) as box, ThreadPoolExecutor(2) as threads:
+            running = threads.submit(box.nap.remote, 600)
+            eventually(lambda: lines(log)[-1] == "nap")
+            waiting = threads.submit(box.add.remote)
+            eventually(lambda: box._target.in_flight == 2)
+            assert Box.close_handle(box.handle).interrupted_calls == 1
+            with pytest.raises(InstanceClosedError, match="interrupted") as caught:
+                running.result()
+            assert not caught.value.refused
+            assert waiting.result() == 2  # it had not begun: another instance runs it
+            assert lines(log).count("nap") == 1
+        assert lines(log).count("enter") == 2
+
+    def test_what_another_instance_refused_is_not_run_again(self, log: Path) -> None:
+        with Box.bind(1, str(log)) as box:
+            who = box.who.remote()
+            with pytest.raises(InstanceClosedError, match="another"):
+                box.let_through.remote()
+            assert lines(log)[-1] == "let-through"
+            assert lines(log).count("let-through") == 1
+            assert box.who.remote() == who
 
     def test_retries_cover_a_loss(self, name: str, log: Path, tmp_path: Path) -> None:
         gate = tmp_path / "gate"

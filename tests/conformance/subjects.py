@@ -27,6 +27,7 @@ from apothic import (
     exit,
     method,
 )
+from apothic.errors import InstanceClosedError
 from tests.conformance.exceptions import Trap, fail
 
 SMALL: dict[str, Any] = {"cpu": 0, "memory_mb": 10}
@@ -113,6 +114,14 @@ class Box:
     def fail_midway(self, how: str) -> Iterator[int]:
         yield 1
         fail(how)
+
+    @method()
+    def let_through(self) -> None:
+        """Fail with what a call of another instance would."""
+        note(self.log, "let-through")
+        error = InstanceClosedError("another one is closed.")
+        error.refused = True
+        raise error
 
     @method()
     def echo(self, *args: Any, **kwargs: Any) -> Any:
@@ -461,6 +470,9 @@ class Conformance:
     @pytest.fixture(autouse=True)
     def _in_place(self, engine: object) -> None:
         """Have the engine of the inheriting class in place for every test."""
+
+    def hasten_closing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have running calls get less time when their instance is closed, where that can be set."""
 
     @pytest.fixture
     def log(self, tmp_path: Path) -> Path:
