@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from inspect import Signature
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from apothic.backend import CallRef, ItemStream
-from apothic.calls import RetryingCall, is_retryable, with_retries
 from apothic.definition import bind_arguments
 from apothic.errors import JobCancelledError, PendingTasksExceededError, UsageError
 from apothic.retries import Retries
@@ -27,12 +25,9 @@ JobStatus = Literal["pending", "succeeded", "failed", "cancelled"]
 class Job(Generic[_R]):
     """One submitted call. Await it, or `get` its value."""
 
-    def __init__(
-        self, call: CallRef, settle: Callable[[CallRef, BaseException | None], None]
-    ) -> None:
+    def __init__(self, call: CallRef) -> None:
         """Wrap a submitted call; made by `Function.spawn`."""
         self._call = call
-        self._settle = settle
 
     @property
     def aio(self) -> JobAio:
@@ -55,13 +50,7 @@ class Job(Generic[_R]):
             JobCancelledError: when it was cancelled.
             Exception: whatever the call raised.
         """
-        try:
-            value: _R = self._call.result(timeout_s)
-        except BaseException as error:
-            if self._call.done():
-                self._settle(self._call, error)
-            raise
-        self._settle(self._call, None)
+        value: _R = self._call.result(timeout_s)
         return value
 
     def done(self) -> bool:
@@ -95,10 +84,6 @@ class Job(Generic[_R]):
         except asyncio.CancelledError:
             self._call.cancel()
             raise
-        except BaseException as error:
-            self._settle(self._call, error)
-            raise
-        self._settle(self._call, None)
         return value
 
     def __repr__(self) -> str:
@@ -123,13 +108,9 @@ class RemoteStream(Generic[_R]):
     ``finally`` blocks run.
     """
 
-    def __init__(self, open_stream: Callable[[], ItemStream], policy: Retries) -> None:
-        """Start the producer; made by `Function.remote_gen`."""
-        self._open = open_stream
-        self._policy = policy
-        self._stream = open_stream()
-        self._attempt = 1
-        self._delivered = False
+    def __init__(self, stream: ItemStream) -> None:
+        """Wrap a started producer; made by `Function.remote_gen`."""
+        self._stream = stream
         self._ended = False
 
     def __iter__(self) -> Iterator[_R]:
@@ -138,20 +119,14 @@ class RemoteStream(Generic[_R]):
 
     def __next__(self) -> _R:
         """Wait for the next item."""
-        while True:
-            if self._ended:
-                raise StopIteration
-            try:
-                item: _R = self._stream.next_item()
-            except BaseException as error:
-                delay_s = self._again(error)
-                if delay_s is None:
-                    raise
-                time.sleep(delay_s)
-                self._stream = self._open()
-                continue
-            self._delivered = True
-            return item
+        if self._ended:
+            raise StopIteration
+        try:
+            item: _R = self._stream.next_item()
+        except BaseException as error:
+            self._note_end(error)
+            raise
+        return item
 
     def __aiter__(self) -> AsyncIterator[_R]:
         """Iterate over the items without blocking the event loop."""
@@ -159,20 +134,14 @@ class RemoteStream(Generic[_R]):
 
     async def __anext__(self) -> _R:
         """Await the next item."""
-        while True:
-            if self._ended:
-                raise StopAsyncIteration
-            try:
-                item: _R = await self._stream.anext_item()
-            except BaseException as error:
-                delay_s = self._again(error)
-                if delay_s is None:
-                    raise
-                await asyncio.sleep(delay_s)
-                self._stream = await in_thread(self._open)
-                continue
-            self._delivered = True
-            return item
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            item: _R = await self._stream.anext_item()
+        except BaseException as error:
+            self._note_end(error)
+            raise
+        return item
 
     def close(self) -> None:
         """Stop the producer; idempotent."""
@@ -196,21 +165,10 @@ class RemoteStream(Generic[_R]):
         if not getattr(self, "_ended", True):
             self.close()
 
-    def _again(self, error: BaseException) -> float | None:
-        """Give the delay before another attempt, or None when ``error`` is final."""
-        if isinstance(error, Exception) and not isinstance(
-            error, (StopIteration, StopAsyncIteration)
-        ):
-            # Items that were delivered cannot be taken back, so that ends the retries.
-            may_retry = not self._delivered and self._attempt <= self._policy.max_retries
-            if may_retry and is_retryable(error):
-                delay_s = self._policy.delay_s(self._attempt)
-                self._attempt += 1
-                return delay_s
+    def _note_end(self, error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError) or not isinstance(error, Exception):
-            self.close()
+            self.close()  # the producer goes on otherwise
         self._ended = True
-        return None
 
 
 class Function(Generic[_R]):
@@ -303,9 +261,7 @@ class Function(Generic[_R]):
             Exception: whatever the method raised.
         """
         target, timeout_s = self._ready(args, kwargs)
-        if self._retries.max_retries == 0:
-            return target.call(self._info, args, kwargs, timeout_s)
-        return with_retries(self._retries, lambda: target.call(self._info, args, kwargs, timeout_s))
+        return target.call(self._info, args, kwargs, timeout_s, self._retries)
 
     def spawn(self, *args: Any, **kwargs: Any) -> Job[_R]:
         """Submit a call and return at once.
@@ -316,12 +272,7 @@ class Function(Generic[_R]):
             PendingTasksExceededError: when too many calls are unfinished.
         """
         target, timeout_s = self._ready(args, kwargs)
-        if self._retries.max_retries == 0:
-            return Job(target.submit(self._info, args, kwargs, timeout_s), target.settle)
-        call = RetryingCall(
-            self._retries, lambda: target.submit(self._info, args, kwargs, timeout_s)
-        )
-        return Job(call, target.settle)
+        return Job(target.submit(self._info, args, kwargs, timeout_s, self._retries))
 
     def remote_gen(self, *args: Any, **kwargs: Any) -> RemoteStream[Any]:
         """Start a generator method and iterate over its items as they come.
@@ -336,9 +287,7 @@ class Function(Generic[_R]):
                 f"Write .remote(…) or .spawn(…)."
             )
         target, timeout_s = self._ready(args, kwargs, yields=True)
-        return RemoteStream(
-            lambda: target.stream(self._info, args, kwargs, timeout_s), self._retries
-        )
+        return RemoteStream(target.stream(self._info, args, kwargs, timeout_s, self._retries))
 
     def map(self, items: Iterable[Any]) -> list[Any]:
         """Call the method with each item; give the values in their order.

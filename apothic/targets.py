@@ -12,11 +12,11 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from apothic.backend import CallRef, InstanceRef, ItemStream
+from apothic.calls import AdmittedStream, RetryingCall, TrackedCall, run_call
 from apothic.errors import (
     InstanceClosedError,
     InstanceLostError,
@@ -24,6 +24,7 @@ from apothic.errors import (
     PlacementError,
     RemoteTraceback,
 )
+from apothic.retries import Retries
 from apothic.values import CloseReport, MethodInfo
 
 __all__ = ["IDLE_S", "Target", "was_refused"]
@@ -33,10 +34,15 @@ IDLE_S = 30.0
 
 _SLOT_POLL_S = 0.005  # only `map` and its kin wait for a slot, and only when others hold them all
 _PRUNE_SLACK = 32
+_NO_RETRIES = Retries(0)
+
+_counts = threading.Lock()
+"""Guards what is in flight, everywhere. Held for moments only, never while anything is asked or opened:
+calls end on threads of the engine, which may be what an opening waits for."""
 
 
 class _Replica:
-    """One container and what this process has in flight there; guarded by its target's lock."""
+    """One container and what this process has in flight there; guarded by `_counts`."""
 
     __slots__ = ("idle_since", "index", "prune_at", "ref", "running", "tracked")
 
@@ -44,7 +50,7 @@ class _Replica:
         self.index = index
         self.ref = ref
         self.running = 0
-        self.tracked: list[CallRef] = []
+        self.tracked: dict[CallRef, None] = {}
         self.prune_at = _PRUNE_SLACK
         self.idle_since = time.monotonic()
 
@@ -52,14 +58,69 @@ class _Replica:
     def in_flight(self) -> int:
         return self.running + len(self.tracked)
 
+    def forget(self, calls: Iterable[CallRef]) -> None:
+        """Count calls no longer; with the lock held."""
+        for call in calls:
+            if call in self.tracked:
+                del self.tracked[call]
+                self.idle_since = time.monotonic()
+
     def prune(self) -> None:
         """Forget finished calls; amortised, since asking costs the engine a look at each."""
-        if self.tracked:
-            finished = self.tracked[0].finished(self.tracked)
-            self.tracked = [c for c, gone in zip(self.tracked, finished, strict=True) if not gone]
-            if not self.tracked:
-                self.idle_since = time.monotonic()
-        self.prune_at = 2 * len(self.tracked) + _PRUNE_SLACK
+        with _counts:
+            tracked = list(self.tracked)
+        finished = tracked[0].finished(tracked) if tracked else []
+        with _counts:
+            self.forget(call for call, gone in zip(tracked, finished, strict=True) if gone)
+            self.prune_at = 2 * len(self.tracked) + _PRUNE_SLACK
+
+
+class _Slot:
+    """One admitted call: it counts as pending until `leave`, between two attempts as well."""
+
+    __slots__ = ("_left", "_replica", "_target")
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._replica: _Replica | None = None
+        self._left = False
+
+    def enter(self) -> InstanceRef:
+        if self._replica is None:
+            self._replica = self._target._place()
+        return self._replica.ref
+
+    def failed(self, error: BaseException) -> bool:
+        replica = self._replica
+        if replica is None:
+            return False  # none could be opened
+        with _counts:
+            self._replica = None
+            replica.running -= 1
+            replica.idle_since = time.monotonic()
+            self._target._resting += 1
+        return self._target._note_failure(replica, error)
+
+    def track(self, call: CallRef) -> _Replica:
+        """Count a submitted call as long as the engine says that it goes on; in place of this."""
+        replica = self._replica
+        assert replica is not None
+        with _counts:
+            replica.tracked[call] = None
+            replica.running -= 1
+            self._left = True
+        return replica
+
+    def leave(self) -> None:
+        with _counts:
+            if self._left:
+                return
+            self._left = True
+            if self._replica is None:
+                self._target._resting -= 1
+            else:
+                self._replica.running -= 1
+                self._replica.idle_since = time.monotonic()
 
 
 class Target:
@@ -95,7 +156,8 @@ class Target:
         self._replaceable = replaceable
         self._idle_s = idle_s
         self._replicas: list[_Replica] = []
-        self._lock = threading.RLock()
+        self._resting = 0  # calls that are admitted and at no replica
+        self._opening = threading.RLock()
         self.closed: bool = False
         if max_containers > 1:
             _reaper.watch(self)
@@ -108,17 +170,12 @@ class Target:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         timeout_s: float | None,
+        policy: Retries = _NO_RETRIES,
     ) -> Any:
         """Submit a call and wait for its value."""
-        while True:
-            with self._running() as replica:
-                try:
-                    return replica.ref.submit(method, args, kwargs, timeout_s).result()
-                except Exception as error:
-                    # Another process may have closed a shared replica. Only what it refused is sent
-                    # to the next one: a call that was interrupted has run.
-                    if not self._forget_if_gone(replica, error) or not was_refused(error):
-                        raise
+        return run_call(
+            policy, self._admit(), lambda ref: ref.submit(method, args, kwargs, timeout_s)
+        )
 
     def submit(
         self,
@@ -126,13 +183,43 @@ class Target:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         timeout_s: float | None,
+        policy: Retries = _NO_RETRIES,
     ) -> CallRef:
         """Submit a call and return at once; it counts as pending until it has ended."""
-        with self._lock:
-            replica = self._admit()
-            call = replica.ref.submit(method, args, kwargs, timeout_s)
-            replica.tracked.append(call)
+
+        def send(ref: InstanceRef) -> CallRef:
+            return ref.submit(method, args, kwargs, timeout_s)
+
+        slot = self._admit()
+        try:
+            if policy.max_retries:
+                return RetryingCall(policy, slot, send)
+            return self._track(slot, send)
+        except BaseException:
+            slot.leave()
+            raise
+
+    def _track(self, slot: _Slot, send: Callable[[InstanceRef], CallRef]) -> CallRef:
+        replica: _Replica
+
+        def send_in(slot: _Slot) -> CallRef:
+            nonlocal replica
+            try:
+                call = send(slot.enter())
+                replica = slot.track(call)
+            except BaseException:
+                slot.leave()
+                raise
             return call
+
+        def ended(call: CallRef, error: BaseException | None) -> bool:
+            with _counts:
+                replica.forget((call,))
+            return error is not None and self._note_failure(replica, error)
+
+        # One that was refused is not admitted anew: it was accepted once.
+        again = (lambda: send_in(self._rest())) if self._replaceable else None
+        return TrackedCall(send_in(slot), again, ended)
 
     def stream(
         self,
@@ -140,33 +227,21 @@ class Target:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         timeout_s: float | None,
+        policy: Retries = _NO_RETRIES,
     ) -> ItemStream:
         """Start a generator call; it counts as pending until the stream is closed or exhausted."""
-        with self._lock:
-            replica = self._admit()
-            stream = replica.ref.stream(method, args, kwargs, timeout_s)
-            replica.running += 1
-        return _CountedStream(stream, lambda: self._leave(replica))
-
-    def settle(self, call: CallRef, error: BaseException | None) -> None:
-        """Note that a submitted call has ended, before the next look would find out."""
-        with self._lock:
-            for replica in list(self._replicas):
-                if call in replica.tracked:
-                    replica.tracked.remove(call)
-                    replica.idle_since = time.monotonic()
-                    self._forget_if_gone(replica, error)
+        slot = self._admit()
+        try:
+            return AdmittedStream(
+                policy, slot, lambda ref: ref.stream(method, args, kwargs, timeout_s)
+            )
+        except BaseException:
+            slot.leave()
+            raise
 
     def wait_for_slot(self) -> None:
         """Wait until a call would be admitted."""
-        while True:
-            with self._lock:
-                if self._in_flight() < self._max_pending:
-                    return
-                for replica in self._replicas:
-                    replica.prune()
-                if self._in_flight() < self._max_pending:
-                    return
+        while not self._has_room():
             time.sleep(_SLOT_POLL_S)
 
     # -- life ----------------------------------------------------------------------------------
@@ -176,26 +251,21 @@ class Target:
         """Whether a replica is there, so that submitting does not wait for one."""
         return bool(self._replicas) or self.closed
 
-    @property
-    def in_flight(self) -> int:
-        """How many calls count as unfinished; some may have ended since anybody looked."""
-        return self._in_flight()
-
     def primary(self) -> InstanceRef:
         """Give the first replica, opening it if there is none."""
-        with self._lock:
+        with self._opening:
             self._check_open()
-            if not self._replicas:
-                self._replicas.append(_Replica(0, self._open(0)))
-            return self._replicas[0].ref
+            replicas = list(self._replicas)
+            return (replicas[0] if replicas else self._open_next()).ref
 
     def close(self) -> CloseReport:
         """Stop every replica; the report joins theirs."""
-        with self._lock:
+        with self._opening:
             if self.closed:
                 return CloseReport(closed=False, note="it was closed before")
             self.closed = True
-            replicas, self._replicas = self._replicas, []
+            with _counts:
+                replicas, self._replicas = self._replicas, []
         reports = [replica.ref.close() for replica in replicas]
         if len(reports) == 1:
             return reports[0]
@@ -209,9 +279,9 @@ class Target:
     def scale_down(self) -> None:
         """Give up extra replicas that have stood idle long enough."""
         idle_s = IDLE_S if self._idle_s is None else self._idle_s
-        with self._lock:
-            for replica in self._replicas:
-                replica.prune()
+        for replica in list(self._replicas):
+            replica.prune()
+        with _counts:
             now = time.monotonic()
             gone = [
                 replica
@@ -224,23 +294,10 @@ class Target:
 
     # -- inside --------------------------------------------------------------------------------
 
-    @contextmanager
-    def _running(self) -> Iterator[_Replica]:
-        with self._lock:
-            replica = self._admit()
-            replica.running += 1
-        try:
-            yield replica
-        finally:
-            self._leave(replica)
-
-    def _leave(self, replica: _Replica) -> None:
-        with self._lock:
-            replica.running -= 1
-            replica.idle_since = time.monotonic()
-
-    def _in_flight(self) -> int:
-        return sum(replica.in_flight for replica in self._replicas)
+    @property
+    def in_flight(self) -> int:
+        """How many calls count as unfinished; some may have ended since anybody looked."""
+        return self._resting + sum(replica.in_flight for replica in self._replicas)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -248,42 +305,85 @@ class Target:
                 f"{self.label} is closed: this process closed it. Make or name a new instance."
             )
 
-    def _admit(self) -> _Replica:
-        """Pick the replica for one more call, or refuse it; called with the lock held."""
+    def _has_room(self) -> bool:
+        if self.in_flight < self._max_pending:
+            return True
+        for replica in list(self._replicas):
+            replica.prune()
+        return self.in_flight < self._max_pending
+
+    def _admit(self) -> _Slot:
+        """Give a slot to one more call, or refuse it."""
         self._check_open()
-        if not self._replicas:
-            self._replicas.append(_Replica(0, self._open(0)))
-        best = min(self._replicas, key=lambda replica: replica.in_flight)
-        if len(best.tracked) >= best.prune_at:
-            best.prune()
-        if self._in_flight() >= self._max_pending:
-            for replica in self._replicas:
-                replica.prune()
-            if self._in_flight() >= self._max_pending:
+        while True:
+            room = self._has_room()
+            with _counts:
+                in_flight = self.in_flight
+                if in_flight < self._max_pending:
+                    return self._rest_locked()
+            if not room:
                 raise PendingTasksExceededError(
-                    f"{self.label} has {self._in_flight()} unfinished calls from this process, "
+                    f"{self.label} has {in_flight} unfinished calls from this process, "
                     f"which is max_pending_tasks={self._max_pending}. Wait for some, use map, "
                     f"which paces itself, or raise max_pending_tasks."
                 )
-        if best.in_flight >= self._per_container and len(self._replicas) < self._max_containers:
-            for replica in self._replicas:
-                replica.prune()
-            best = min(self._replicas, key=lambda replica: replica.in_flight)
-            if best.in_flight >= self._per_container:
-                taken = {replica.index for replica in self._replicas}
-                index = next(i for i in itertools.count() if i not in taken)
-                best = _Replica(index, self._open(index))
-                self._replicas.append(best)
-        return best
 
-    def _forget_if_gone(self, replica: _Replica, error: BaseException | None) -> bool:
-        """Drop a replica if that is what an error says; True when another can take its place."""
+    def _rest(self) -> _Slot:
+        with _counts:
+            return self._rest_locked()
+
+    def _rest_locked(self) -> _Slot:
+        self._resting += 1
+        return _Slot(self)
+
+    def _place(self) -> _Replica:
+        """Move an admitted call to the replica with the fewest, opening another if there is need."""
+        self._check_open()
+        replica = self._take_best()
+        if replica is None:
+            for each in list(self._replicas):
+                each.prune()
+            with self._opening:
+                self._check_open()
+                # Others may have opened one meanwhile, or have ended.
+                replica = self._take_best() or self._open_next(self._take)
+        if len(replica.tracked) >= replica.prune_at:
+            replica.prune()
+        return replica
+
+    def _take_best(self) -> _Replica | None:
+        """Give the best replica to a call that waits for one; None when another is to be opened."""
+        with _counts:
+            best = min(self._replicas, key=lambda replica: replica.in_flight, default=None)
+            if best is None or (
+                best.in_flight >= self._per_container and len(self._replicas) < self._max_containers
+            ):
+                return None
+            self._take(best)
+            return best
+
+    def _take(self, replica: _Replica) -> None:
+        self._resting -= 1
+        replica.running += 1
+
+    def _open_next(self, use: Callable[[_Replica], None] = lambda _: None) -> _Replica:
+        """Open a replica; called by one thread at a time."""
+        taken = {replica.index for replica in self._replicas}
+        index = next(i for i in itertools.count() if i not in taken)
+        replica = _Replica(index, self._open(index))
+        with _counts:
+            self._replicas.append(replica)
+            use(replica)
+        return replica
+
+    def _note_failure(self, replica: _Replica, error: BaseException) -> bool:
+        """Drop a replica that is gone; True when it had refused the call, which another may run."""
         if not self._replaceable or not _says_gone(error):
             return False
-        with self._lock:
+        with _counts:
             if replica in self._replicas:
                 self._replicas.remove(replica)
-        return not self.closed
+        return was_refused(error) and not self.closed
 
 
 def was_refused(error: BaseException) -> bool:
@@ -299,33 +399,6 @@ def _says_gone(error: BaseException | None) -> bool:
 def _is_own(error: BaseException) -> bool:
     """Tell an instance's own end from that of another one, whose error its user code let through."""
     return not isinstance(error.__cause__, RemoteTraceback)
-
-
-class _CountedStream(ItemStream):
-    """A stream that tells its target when it has ended."""
-
-    def __init__(self, stream: ItemStream, ended: Callable[[], None]) -> None:
-        self._stream = stream
-        self._end = weakref.finalize(self, ended)
-        self._end.atexit = False
-
-    def next_item(self) -> Any:
-        try:
-            return self._stream.next_item()
-        except BaseException:
-            self._end()
-            raise
-
-    async def anext_item(self) -> Any:
-        try:
-            return await self._stream.anext_item()
-        except BaseException:
-            self._end()
-            raise
-
-    def close(self) -> None:
-        self._end()
-        self._stream.close()
 
 
 class _Reaper:

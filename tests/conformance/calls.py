@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.conformance.subjects import (
     Conformance,
     Flaky,
     Narrow,
+    NarrowFlaky,
     Pair,
     Threaded,
     ThreadedAsync,
@@ -237,6 +239,32 @@ class Calls(Conformance):
             with pytest.raises(RemoteError):
                 flaky.gives_up.remote()
             assert len(lines(log)) == 3
+
+    @pytest.mark.parametrize("verb", ["remote", "spawn", "remote_gen"])
+    def test_a_call_keeps_its_slot_between_its_attempts(
+        self, log: Path, tmp_path: Path, verb: str
+    ) -> None:
+        gate = tmp_path / "gate"
+        with NarrowFlaky.new(str(log)) as box, ThreadPoolExecutor(1) as threads:
+            call: dict[str, Callable[[], int]] = {
+                "remote": lambda: box.good_at.remote(3),
+                "spawn": lambda: box.good_at.spawn(3).get(),
+                "remote_gen": lambda: 2 + sum(box.early.remote_gen()),
+            }
+            fails = threads.submit(call[verb])
+            eventually(lambda: lines(log) == ["try"])
+            holds = box.hold.spawn(str(gate))
+            eventually(lambda: lines(log) == ["try", "try"])  # so the first has ended
+            with pytest.raises(PendingTasksExceededError):
+                box.hold.spawn(str(gate))
+            gate.touch()
+            assert fails.result() == 3
+            assert holds.get() == 2
+            assert box.good_at.remote(1) == 1
+
+    def test_map_of_calls_that_are_retried(self, log: Path) -> None:
+        with NarrowFlaky.new(str(log)) as box:
+            assert box.fresh.map(range(6)) == list(range(6))
 
     def test_a_call_that_ran_out_of_time_never_runs_again(self, log: Path) -> None:
         with Flaky.new(str(log)) as flaky:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,8 +16,29 @@ from apothic.errors import (
     InstanceLostError,
     InstanceNotFoundError,
 )
-from tests.conformance.subjects import Box, Conformance, Flaky, Hasty, lines
+from tests.conformance.subjects import Box, Conformance, Flaky, Hasty, RetriedBox, lines
 from tests.support import eventually
+
+
+def first_item(box: ClassInstance) -> int:
+    return int(next(box.states.remote_gen()))
+
+
+async def first_awaited_item(box: ClassInstance) -> int:
+    async for item in box.states.remote_gen():
+        return int(item)
+    raise AssertionError("no item")
+
+
+VERBS: dict[str, Callable[[ClassInstance], int]] = {
+    "remote": lambda box: box.state.remote(),
+    "spawn": lambda box: box.state.spawn().get(),
+    "map": lambda box: box.echo.map([1])[0][0][0],
+    "aio.remote": lambda box: asyncio.run(box.state.aio.remote()),
+    "remote_gen": first_item,
+    "async for": lambda box: asyncio.run(first_awaited_item(box)),
+}
+"""What gives 1 with a fresh box of 1, by every way that there is to a replica."""
 
 
 class Losses(Conformance):
@@ -24,6 +47,9 @@ class Losses(Conformance):
     def kill(self, instance: ClassInstance) -> None:
         """End the instance's process as ``kill -9`` does, and wait until that is known."""
         raise NotImplementedError
+
+    def closing_is_known(self, instance: ClassInstance) -> None:
+        """Wait until this process knows that an instance was closed elsewhere."""
 
     def test_a_named_instance_comes_back(self, name: str, log: Path, tmp_path: Path) -> None:
         box = Box.named(name, 1, str(log))
@@ -61,6 +87,27 @@ class Losses(Conformance):
                 box.add.remote()
             assert box.add.remote() == 2
         assert lines(log) == ["init", "enter", "init", "enter", "exit"]
+
+    @pytest.mark.parametrize("verb", sorted(VERBS))
+    def test_every_verb_finds_the_next_replica(self, log: Path, verb: str) -> None:
+        with Box.bind(1, str(log)) as box:
+            assert box.add.remote() == 2
+            self.kill(box)
+            with pytest.raises(InstanceLostError):
+                VERBS[verb](box)
+            assert VERBS[verb](box) == 1
+            assert Box.close_handle(box.handle).closed
+            self.closing_is_known(box)
+            assert VERBS[verb](box) == 1  # it was refused, so that it can run elsewhere
+        assert lines(log).count("init") == 3
+
+    @pytest.mark.parametrize("verb", sorted(VERBS))
+    def test_retries_go_to_the_next_replica(self, log: Path, verb: str) -> None:
+        with RetriedBox.bind(1, str(log)) as box:
+            assert box.add.remote() == 2
+            self.kill(box)
+            assert VERBS[verb](box) == 1
+        assert lines(log).count("init") == 2
 
     def test_a_bound_call_that_a_closing_interrupts_is_not_run_again(
         self, log: Path, monkeypatch: pytest.MonkeyPatch

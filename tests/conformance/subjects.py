@@ -430,6 +430,27 @@ class Narrow(Box):
     pass
 
 
+@app.cls(**SMALL, retries=Retries(2, initial_delay=0.01))
+class RetriedBox(Box):
+    pass
+
+
+@app.cls(**SMALL, max_pending_tasks=2, retries=Retries(2, initial_delay=0.5))
+class NarrowFlaky(Flaky):
+    """Has room for two calls; an item of `fresh` fails once."""
+
+    def __init__(self, log: str) -> None:
+        super().__init__(log)
+        self.seen: set[int] = set()
+
+    @method()
+    def fresh(self, item: int) -> int:
+        if item not in self.seen:
+            self.seen.add(item)
+            fail("odd")
+        return item
+
+
 class ReadsEnvironment:
     def __init__(self, key: str) -> None:
         self.key = key
