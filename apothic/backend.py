@@ -139,6 +139,10 @@ class InstanceRef(ABC):
     def wait_ready(self) -> None:
         """Wait until ``enter`` has finished; raise `InstanceStartError` if it failed."""
 
+    def is_same(self, other: InstanceRef) -> bool:
+        """Tell whether another reference is to this very instance, not only one of the same name."""
+        return other is self
+
     @abstractmethod
     def inspect(self) -> InstanceInfo:
         """Ask how it is, also while calls are running."""

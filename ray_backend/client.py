@@ -117,6 +117,11 @@ class RayClient(ControlPlaneClient):
         """Tell whether this client belongs to the connection that the process has now."""
         return self._job_id == job_id and self._worker == ray_api.connection_id()
 
+    @property
+    def is_live(self) -> bool:
+        """Whether its connection is still there; asking Ray without one would start a cluster."""
+        return ray.is_initialized() and self._worker == ray_api.connection_id()
+
     @staticmethod
     def _find_holder() -> str:
         context = ray.get_runtime_context()

@@ -70,6 +70,10 @@ class RayInstance(InstanceRef):
         """The Ray actor handle."""
         return self._actor
 
+    def is_same(self, other: InstanceRef) -> bool:
+        """Compare the actors; one that was moved is another until it is followed."""
+        return isinstance(other, RayInstance) and self._actor._actor_id == other._actor._actor_id
+
     def submit(
         self,
         method: MethodInfo,
@@ -182,8 +186,14 @@ class RayInstance(InstanceRef):
         return self._client.close_instance(self)
 
     def release(self) -> None:
-        """Give up this process's lease."""
-        self._client.release(self)
+        """Give up this process's lease; with the connection they have all ended."""
+        if self.is_connected:
+            self._client.release(self)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the connection that it was reached by is still there."""
+        return self._client.is_live
 
     def cancel(self, task_id: str) -> None:
         """Stop a call that waits or runs."""
@@ -399,6 +409,8 @@ class RayCall(CallRef):
     @classmethod
     def finished(cls, calls: Sequence[CallRef]) -> list[bool]:
         """Look at all calls in one request."""
+        if calls and isinstance(calls[0], RayCall) and not calls[0]._instance.is_connected:
+            return [True] * len(calls)  # they ended with their connection
         refs = [call.native for call in calls]
         unique = list(dict.fromkeys(refs))
         ready, _ = ray.wait(unique, num_returns=len(unique), timeout=0, fetch_local=False)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,10 +15,7 @@ from typing import Any
 
 import pytest
 
-from apothic import (
-    Cls,
-    Job,
-)
+from apothic import ClassInstance, Cls, Job, pools
 from apothic.errors import (
     ArgumentError,
     FunctionTimeoutError,
@@ -34,11 +34,17 @@ from tests.conformance.subjects import (
     Narrow,
     NarrowFlaky,
     Pair,
+    Pool,
     Threaded,
     ThreadedAsync,
     lines,
 )
 from tests.support import eventually
+
+
+def gone(kept: weakref.ref[Any]) -> bool:
+    gc.collect()
+    return kept() is None
 
 
 class Calls(Conformance):
@@ -220,6 +226,56 @@ class Calls(Conformance):
             for job in jobs:
                 job.get()
             assert box.add.remote() == 1
+
+    def test_all_objects_of_an_instance_share_its_limit(self, name: str, tmp_path: Path) -> None:
+        gate = tmp_path / "gate"
+        with Narrow.named(name) as box:
+            again: list[Callable[[], ClassInstance]] = [
+                lambda: Narrow.named(name),
+                lambda: Narrow.attach(box.handle),
+                lambda: Cls.from_handle(box.handle_json),
+                lambda: pickle.loads(pickle.dumps(box)),
+            ]
+            for reach in again[:3]:
+                reach().hold.spawn(str(gate))  # neither object nor job is kept
+            gc.collect()
+            for reach in again:
+                with pytest.raises(PendingTasksExceededError, match="max_pending_tasks=3"):
+                    reach().add.spawn()
+            gate.touch()
+            assert box.add.map([1] * 5) == [1, 2, 3, 4, 5]
+
+    def test_all_objects_of_a_binding_share_its_pool(
+        self, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pools, "IDLE_S", 0.001)
+        gate = tmp_path / "gate"
+        idle = Pool.bind(0, str(log))
+        jobs = [Pool.bind(0, str(log)).hold.spawn(str(gate)) for _ in range(2)]
+        eventually(lambda: lines(log).count("hold") == 2)  # so there are two containers
+        shared = idle._target.pool
+        second = Pool.attach(shared.replicas[1].ref.handle)
+        shared.scale_down()
+        assert "exit" not in lines(log)
+        gate.touch()
+        assert len({job.get() for job in jobs}) == 2
+        shared.scale_down()
+        assert second.add.remote() == 1  # it is idle, but somebody has it
+        assert "exit" not in lines(log)
+        del second
+        gc.collect()
+        eventually(lambda: lines(log).count("exit") == 1)
+        idle.close()
+
+    def test_nothing_is_kept_of_an_instance_that_nobody_has(self, name: str) -> None:
+        def use(box: ClassInstance) -> weakref.ref[Any]:
+            box.add.spawn()
+            pool = weakref.ref(box._target.pool)
+            box.close()
+            return pool
+
+        for pool in (use(Box.named(name)), use(Box.bind())):
+            eventually(partial(gone, pool))
 
     # -- retries -------------------------------------------------------------------------------
 

@@ -63,6 +63,18 @@ class Life(Conformance):
             with pytest.raises(InstanceClosedError, match="closed"):
                 use()
 
+    def test_closing_one_object_of_a_binding(self, log: Path) -> None:
+        one, same = Box.bind(0, str(log)), Box.bind(0, str(log))
+        assert one.add.remote() == 1
+        assert same.add.remote() == 2
+        assert one.close().closed
+        assert (one.closed, same.closed) == (True, False)
+        with pytest.raises(InstanceClosedError, match="this process closed it"):
+            one.add.remote()
+        assert same.add.remote() == 1  # another instance
+        same.close()
+        assert lines(log) == ["init", "enter", "exit"] * 2
+
     def test_never_started(self) -> None:
         box = Box.bind(uuid.uuid4().int)
         assert not box.close().closed
