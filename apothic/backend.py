@@ -76,6 +76,10 @@ class CallRef(ABC):
     def cancel(self) -> None:
         """Stop the call wherever it is; its result is then `JobCancelledError`."""
 
+    def withdraw(self) -> None:
+        """Cancel the call if it has not begun; leave one that runs alone. Engines may do neither."""
+        return
+
     @property
     @abstractmethod
     def native(self) -> Any:

@@ -197,6 +197,16 @@ class RetryingCall(CallRef):
             self._future.set_exception(JobCancelledError("the call was cancelled."))
         current.cancel()
 
+    def withdraw(self) -> None:
+        """Make no other attempt, and not the current one if it has not begun."""
+        with self._lock:
+            self._cancelled = True
+            current, rests = self._current, self._rests
+        if rests:
+            self._fail(JobCancelledError("the call was cancelled."))
+        else:
+            current.withdraw()
+
     @property
     def native(self) -> Any:
         """The engine's reference to the current attempt."""
@@ -306,6 +316,11 @@ class TrackedCall(CallRef):
         """Stop the call wherever it is."""
         self._cancelled = True
         self._current.cancel()
+
+    def withdraw(self) -> None:
+        """Cancel the call if it has not begun."""
+        self._cancelled = True
+        self._current.withdraw()
 
     @property
     def native(self) -> Any:

@@ -58,8 +58,15 @@ class Job(Generic[_R]):
         return self._call.done()
 
     def cancel(self) -> None:
-        """Stop the call: one that waits will not run, a running one is interrupted."""
+        """Stop the call: one that waits will not run, a running one is interrupted.
+
+        One in native code cannot be: seconds later its process is replaced, and what the instance
+        held in memory is lost, as when it runs longer than its ``timeout_s``.
+        """
         self._call.cancel()
+
+    def _withdraw(self) -> None:
+        self._call.withdraw()
 
     @property
     def status(self) -> JobStatus:
@@ -295,7 +302,8 @@ class Function(Generic[_R]):
         Calls run side by side as far as instance and ``max_pending_tasks`` allow.
 
         Raises:
-            Exception: the first error in the order of the items; calls not yet begun are cancelled.
+            Exception: the first error in the order of the items; calls not yet begun are cancelled,
+                those that run go on.
         """
         return self.starmap((item,) for item in items)
 
@@ -311,8 +319,9 @@ class Function(Generic[_R]):
             while len(values) < len(jobs):
                 values.append(jobs[len(values)].get())
         except BaseException:
+            # Those that run may be in native code, which to stop costs the instance its state.
             for job in jobs[len(values) :]:
-                job.cancel()
+                job._withdraw()
             raise
         return values
 
@@ -320,7 +329,8 @@ class Function(Generic[_R]):
         """Call the method with each item and drop the values.
 
         Raises:
-            Exception: the first error in the order of the items; calls not yet begun are cancelled.
+            Exception: the first error in the order of the items; calls not yet begun are cancelled,
+                those that run go on.
         """
         self.starmap((item,) for item in items)
 

@@ -195,10 +195,10 @@ class RayInstance(InstanceRef):
         """Whether the connection that it was reached by is still there."""
         return self._client.is_live
 
-    def cancel(self, task_id: str) -> None:
-        """Stop a call that waits or runs."""
+    def cancel(self, task_id: str, queued_only: bool = False) -> None:
+        """Stop a call that waits or runs; with ``queued_only`` leave a running one alone."""
         with contextlib.suppress(rays.RayError):
-            self._actor.apothic_cancel.remote(task_id)
+            self._actor.apothic_cancel.remote(task_id, queued_only)
 
     def error_of(
         self, error: BaseException, call: Submitted, waited_s: float | None = None
@@ -421,6 +421,11 @@ class RayCall(CallRef):
         """Stop the call wherever it is."""
         if not self.done():
             self._instance.cancel(self._ref.task_id().hex())
+
+    def withdraw(self) -> None:
+        """Cancel the call if it has not begun."""
+        if not self.done():
+            self._instance.cancel(self._ref.task_id().hex(), queued_only=True)
 
     @property
     def native(self) -> Any:

@@ -91,7 +91,7 @@ class FakeInstance(InstanceRef):
         timeout_s: float | None,
     ) -> CallRef:
         call = self._submit(method, args, kwargs, timeout_s)
-        return FutureCall(call.future, partial(call.interrupt, "cancelled"))
+        return _FakeCall(call)
 
     def stream(
         self,
@@ -201,6 +201,19 @@ class FakeInstance(InstanceRef):
                 f"calls in flight may or may not have had effects. retries= tries again."
             )
         )
+
+
+class _FakeCall(FutureCall):
+    """A call that its thread may not have come to yet."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call.future, partial(call.interrupt, "cancelled"))
+        self._call = call
+
+    def withdraw(self) -> None:
+        self._call.withdraw()
 
 
 def _pack(label: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:

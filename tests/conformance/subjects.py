@@ -406,6 +406,21 @@ class Hasty(Box):
         ctypes.CDLL(None).sleep(seconds)  # no Python code in which it could be interrupted
 
 
+@app.cls(**SMALL, concurrent_requests=2, max_pending_tasks=20)
+class Wide(Hasty):
+    @method()
+    def step(self, what: str, path: str) -> None:
+        """Sleep in native code, hold on, or fail once another step is in native code."""
+        if what == "stuck":
+            note(path, "stuck")
+            self.stuck(4)
+        elif what == "hold":
+            self.hold(path)
+        else:
+            wait_for(path)
+            fail("odd")
+
+
 @app.cls(**SMALL, timeout_s=1)
 class HastyAsync(AsyncBox):
     pass
