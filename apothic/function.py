@@ -9,7 +9,13 @@ from typing import Any, Final, Generic, Literal, TypeVar
 
 from apothic.backend import CallRef, ItemStream
 from apothic.definition import bind_arguments
-from apothic.errors import JobCancelledError, PendingTasksExceededError, UsageError
+from apothic.errors import (
+    JobCancelledError,
+    PendingTasksExceededError,
+    RemoteTraceback,
+    UsageError,
+    WaitTimeoutError,
+)
 from apothic.retries import Retries
 from apothic.targets import Target
 from apothic.twins import Twin, in_thread, twin
@@ -77,7 +83,10 @@ class Job(Generic[_R]):
             self._call.result(0)
         except JobCancelledError:
             return "cancelled"
-        except BaseException:
+        except WaitTimeoutError as error:
+            # It is sent again, or its value is on its way here; unless this is what it raised.
+            return "failed" if isinstance(error.__cause__, RemoteTraceback) else "pending"
+        except Exception:
             return "failed"
         return "succeeded"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import math
 import pickle
 import threading
 import time
@@ -17,6 +19,7 @@ from ray import exceptions as rays
 
 from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest
 from apothic.errors import (
+    FunctionTimeoutError,
     InstanceClosedError,
     InstanceLostError,
     PlacementError,
@@ -59,6 +62,8 @@ class RayInstance(InstanceRef):
         self.failure: PlacementError | None = None  # why it never had room
         self.label = f"{handle.app}.{handle.cls} {handle.instance_id!r}"
         self._submitters: dict[str, Callable[..., Any]] = {}
+        self._waiting: list[Callable[[BaseException | None], None]] = []
+        self._waiting_lock = threading.Lock()
 
     @property
     def handle(self) -> ClassInstanceHandle:
@@ -201,9 +206,20 @@ class RayInstance(InstanceRef):
             self._actor.apothic_cancel.remote(task_id, queued_only)
 
     def error_of(
-        self, error: BaseException, call: Submitted, waited_s: float | None = None
+        self,
+        error: BaseException,
+        call: Submitted,
+        waited_s: float | None = None,
+        until: float = math.inf,
     ) -> BaseException:
-        """Translate what a call raised; ``waited_s`` is what its caller was ready to wait."""
+        """Translate what a call raised.
+
+        Args:
+            error: what it raised.
+            call: what is known of it.
+            waited_s: what its caller was ready to wait.
+            until: when its caller wants an answer, whatever more could be found out.
+        """
         gone = isinstance(error, (rays.RayActorError, rays.ActorUnschedulableError))
         if gone and self.failure is not None:
             return type(self.failure)(
@@ -214,12 +230,12 @@ class RayInstance(InstanceRef):
                 f"{self.label} lost its node and was made again on another; this call may or may not "
                 f"have had effects. Call again, or give the class retries=."
             )
-        found = translate(error, self.label, lambda: self._timeout_word(call), waited_s)
+        found = translate(error, self.label, lambda: self._timeout_word(call, until), waited_s)
         if isinstance(found, InstanceClosedError) and gone:
             found.refused = call.in_vain
         return found
 
-    def _timeout_word(self, call: Submitted) -> str | None:
+    def _timeout_word(self, call: Submitted, until: float) -> str | None:
         """Read what the process left for a call that it could only end together with itself."""
         limit_s = call.timeout_s
         if limit_s is None:
@@ -229,17 +245,49 @@ class RayInstance(InstanceRef):
             call.ref.task_id().hex(),
             self._actor._actor_id.hex(),
             overdue=time.monotonic() - call.since >= limit_s,
+            until=until,
         )
 
-    def wait_for_restart(self) -> None:
-        """Wait until an instance that is coming back answers again."""
+    def wait_for_restart(self, until: float) -> bool:
+        """Wait until an instance that is coming back answers again; False when the time is over."""
+        while True:
+            left_s = max(0.0, until - time.monotonic())
+            try:
+                ray.get(self._actor.apothic_status.remote(), timeout=left_s)
+                return True
+            except rays.GetTimeoutError:
+                return False
+            except rays.ActorUnavailableError:
+                if not left_s:
+                    return False
+                time.sleep(min(_RETRY_STEP_S, left_s))
+            except (rays.RayActorError, rays.ActorUnschedulableError):
+                if not self.follow_successor():
+                    raise
+
+    def when_restarted(self, until: float, then: Callable[[BaseException | None], None]) -> None:
+        """Call ``then`` when an instance that is coming back answers, or the time is over.
+
+        It gets what stands in the way for good, or None. All that wait at once share one thread.
+        """
+        with self._waiting_lock:
+            self._waiting.append(then)
+            if len(self._waiting) > 1:
+                return
+        threading.Thread(
+            target=self._watch_restart, args=(until,), name="apothic-restart", daemon=True
+        ).start()
+
+    def _watch_restart(self, until: float) -> None:
+        error: BaseException | None = None
         try:
-            ray.get(self._actor.apothic_status.remote(), timeout=RESTART_S)
-        except rays.ActorUnavailableError:
-            pass
-        except (rays.RayActorError, rays.ActorUnschedulableError):
-            if not self.follow_successor():
-                raise
+            self.wait_for_restart(until)
+        except BaseException as raised:
+            error = raised
+        with self._waiting_lock:
+            waiting, self._waiting = self._waiting, []
+        for then in waiting:
+            self._client.background.submit(then, error)
 
     def follow_successor(self) -> bool:
         """Go on with the actor that took a dead one's place on another node; False if none does."""
@@ -289,6 +337,7 @@ class RayCall(CallRef):
         "_instance",
         "_kwargs",
         "_method",
+        "_overran",
         "_ref",
         "_since",
         "_timeout_s",
@@ -308,6 +357,7 @@ class RayCall(CallRef):
     ) -> None:
         """Wrap a submitted call; ``in_vain`` says that its actor was known to be dead before."""
         self._in_vain = in_vain
+        self._overran: BaseException | None = None
         self._instance = instance
         self._ref = ref
         self._timeout_s = timeout_s
@@ -320,24 +370,46 @@ class RayCall(CallRef):
 
     def result(self, timeout_s: float | None = None) -> Any:
         """Wait for the value."""
+        until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        give_up_at: float | None = None
         while True:
             ref = self._ref
+            left_s = None if timeout_s is None else max(0.0, until - time.monotonic())
             try:
-                return ray.get(ref, timeout=timeout_s)
+                return ray.get(ref, timeout=left_s)
             except rays.RayError as error:
                 if self._is_sent_anew(ref, error):
                     continue
-                if self._is_to_be_sent_again(error):
-                    return self._send_again(time.monotonic() + RESTART_S, timeout_s)
-                self._raise(error, timeout_s)
+                if give_up_at is None:
+                    give_up_at = time.monotonic() + RESTART_S
+                if not self._is_to_be_sent_again(error) or time.monotonic() > give_up_at:
+                    self._raise(error, timeout_s, until)
+            # Its instance is between two processes.
+            try:
+                if self._instance.wait_for_restart(min(give_up_at, until)):
+                    self._send_again(ref)
+                elif time.monotonic() >= until:
+                    raise rays.GetTimeoutError
+            except rays.RayError as error:
+                self._raise(error, timeout_s, until)
 
     @property
     def _submitted(self) -> Submitted:
         return Submitted(self._ref, self._timeout_s, self._since, self._in_vain)
 
-    def _raise(self, error: BaseException, timeout_s: float | None) -> NoReturn:
-        found = self._instance.error_of(error, self._submitted, timeout_s)
+    def _raise(self, error: BaseException, timeout_s: float | None, until: float) -> NoReturn:
+        found = self._error_of(error, timeout_s, until)
         raise found from found.__cause__  # keeps the remote traceback, drops Ray's own frames
+
+    def _error_of(
+        self, error: BaseException, timeout_s: float | None = None, until: float = math.inf
+    ) -> BaseException:
+        if self._overran is None:
+            found = self._instance.error_of(error, self._submitted, timeout_s, until)
+            if not (isinstance(found, FunctionTimeoutError) and found.state_lost):
+                return found
+            self._overran = found  # what says so can be read once
+        return copy.copy(self._overran)
 
     def _is_to_be_sent_again(self, error: BaseException) -> bool:
         return self._args is not None and self._instance.handle.named and was_never_sent(error)
@@ -355,19 +427,11 @@ class RayCall(CallRef):
             self._ref = self._instance.submitter(self._method)(*self._args, **self._kwargs)
             return True
 
-    def _send_again(self, deadline: float, timeout_s: float | None) -> Any:
-        """Send a call again that found its instance between two processes."""
-        while True:
-            try:
-                self._instance.wait_for_restart()
-                assert self._args is not None
-                assert self._kwargs is not None
+    def _send_again(self, ref: Any) -> None:
+        """Send a call again that found its instance between two processes; once, whoever waits."""
+        with self._moving:
+            if self._ref is ref and self._args is not None and self._kwargs is not None:
                 self._ref = self._instance.submitter(self._method)(*self._args, **self._kwargs)
-                return ray.get(self._ref, timeout=timeout_s)
-            except rays.RayError as error:
-                if not was_never_sent(error) or time.monotonic() > deadline:
-                    self._raise(error, timeout_s)
-                time.sleep(_RETRY_STEP_S)
 
     def future(self) -> Future[Any]:
         """Give a future of the value, its error translated."""
@@ -375,7 +439,7 @@ class RayCall(CallRef):
         self._finish(future)
         return future
 
-    def _finish(self, future: Future[Any]) -> None:
+    def _finish(self, future: Future[Any], give_up_at: float = math.inf) -> None:
         """Have a future told the value or the error, once it is there."""
         ref = self._ref
 
@@ -386,19 +450,36 @@ class RayCall(CallRef):
             else:
                 # Ray calls this on the thread that its replies come on; asking the registry or
                 # sending again from there would wait for itself.
-                self._instance._client.background.submit(self._finish_error, future, ref, error)
+                self._instance._client.background.submit(
+                    self._finish_error, future, ref, error, give_up_at
+                )
 
         ref.future().add_done_callback(finish)
 
-    def _finish_error(self, future: Future[Any], ref: Any, error: BaseException) -> None:
+    def _finish_error(
+        self, future: Future[Any], ref: Any, error: BaseException, give_up_at: float
+    ) -> None:
+        """Go on after an error, holding no thread for as long as anything takes."""
         try:
+            now = time.monotonic()
             if self._is_sent_anew(ref, error):
                 self._finish(future)
-                return
-            if self._is_to_be_sent_again(error):
-                _set(future, self._send_again(time.monotonic() + RESTART_S, None), None)
-                return
-            _set(future, None, self._instance.error_of(error, self._submitted))
+            elif self._is_to_be_sent_again(error) and now < give_up_at:
+                give_up_at = min(give_up_at, now + RESTART_S)
+
+                def go_on(obstacle: BaseException | None) -> None:
+                    try:
+                        if obstacle is not None:
+                            _set(future, None, self._error_of(obstacle))
+                            return
+                        self._send_again(ref)
+                        self._finish(future, give_up_at)
+                    except BaseException as other:
+                        _set(future, None, other)
+
+                self._instance.when_restarted(give_up_at, go_on)
+            else:
+                _set(future, None, self._error_of(error))
         except BaseException as other:
             _set(future, None, other)
 
