@@ -15,7 +15,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from apothic.errors import BackendNotFoundError, InvalidOptionError, UsageError
+from apothic.errors import (
+    BackendNotFoundError,
+    InvalidOptionError,
+    MethodNotFoundError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from apothic.node_types import NodeType
@@ -43,6 +48,7 @@ __all__ = [
     "StartRequest",
     "connect",
     "use_client",
+    "version_lacks",
 ]
 
 _GROUP = "apothic.backends"
@@ -158,6 +164,15 @@ class InstanceRef(ABC):
     @abstractmethod
     def release(self) -> None:
         """Give up this process's lease; the last one to do so stops the instance."""
+
+
+def version_lacks(label: str, method: str, spec_digest: str) -> MethodNotFoundError:
+    """Give the error for a method that the caller knows and a running instance does not."""
+    return MethodNotFoundError(
+        f"{label} has no remote method {method!r}: it runs version {spec_digest[:12]} of its class, "
+        f"which is another than this process has. Close the instance and start it again, or deploy "
+        f"with app.deploy(close_outdated=True)."
+    )
 
 
 def _no_blobs() -> Mapping[str, bytes]:

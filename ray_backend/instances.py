@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import ray
 from ray import exceptions as rays
 
-from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest
+from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest, version_lacks
 from apothic.errors import (
     FunctionTimeoutError,
     InstanceClosedError,
@@ -106,9 +106,15 @@ class RayInstance(InstanceRef):
         """Give what sends a call of a method to the actor."""
         found = self._submitters.get(method)
         if found is None:
-            found = getattr(self._actor, actor_method_name(method)).remote
+            found = self._actor_method(method).remote
             self._submitters[method] = found
         return found
+
+    def _actor_method(self, method: str) -> Any:
+        try:
+            return getattr(self._actor, actor_method_name(method))
+        except AttributeError:
+            raise version_lacks(self.label, method, self._handle.spec_digest) from None
 
     def _unserializable(
         self, method: MethodInfo, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
@@ -145,6 +151,7 @@ class RayInstance(InstanceRef):
         def send() -> Any:
             return self._stream_submitter(method.name)(*args, **kwargs)
 
+        self._stream_submitter(method.name)  # says here that there is none
         in_vain = self.is_known_dead
         again = send if self.may_wait else None
         try:
@@ -156,8 +163,7 @@ class RayInstance(InstanceRef):
         key = f"{method}()"
         found = self._submitters.get(key)
         if found is None:
-            actor_method = getattr(self._actor, actor_method_name(method))
-            found = actor_method.options(num_returns="streaming").remote
+            found = self._actor_method(method).options(num_returns="streaming").remote
             self._submitters[key] = found
         return found
 

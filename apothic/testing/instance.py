@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest
+from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest, version_lacks
 from apothic.errors import ConflictError, InstanceClosedError, InstanceLostError, SerializationError
 from apothic.inprocess import FutureCall, IteratorStream, LoopThread
 from apothic.options import ClassOptions
@@ -111,6 +111,8 @@ class FakeInstance(InstanceRef):
         kwargs: dict[str, Any],
         timeout_s: float | None,
     ) -> Call:
+        if all(known.name != method.name for known in self._request.spec.methods):
+            raise version_lacks(self._label, method.name, self._handle.spec_digest)
         packed = _pack(f"{self._label}.{method.name}", args, kwargs)
         limit_s = self._options.timeout_s if timeout_s is None else timeout_s
         call = Call(self._label, method, limit_s, self._engine.watch)
