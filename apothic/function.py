@@ -437,14 +437,15 @@ class FunctionAio(Twin[Function[Any]]):
     async def spawn(self, *args: Any, **kwargs: Any) -> Job[Any]:
         """Submit a call."""
         function = self._target
-        # A target that has an open replica submits without waiting; the first call may start one.
-        if function._target is None or function._target.is_open:
+        if function._target is None or not function._target.would_open:
             return function.spawn(*args, **kwargs)
         return await in_thread(function.spawn, *args, **kwargs)
 
-    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what `remote` does."""
-        return await self.remote(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what `remote` does; of a generator method, what `remote_gen` does."""
+        if self._target.info.is_generator:
+            return self.remote_gen(*args, **kwargs)
+        return self.remote(*args, **kwargs)
 
     async def remote_gen(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         """Iterate over a generator method's items with ``async for``."""

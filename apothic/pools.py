@@ -245,8 +245,16 @@ class Pool:
             replicas = self.replicas
             return replicas[0] if replicas else self._open_next(lambda _: None)
 
-    def _take_best(self) -> Replica | None:
-        """Give the best replica to a call that waits for one; None when another is to be opened."""
+    @property
+    def would_open(self) -> bool:
+        """Whether the next call would open a replica."""
+        if self._best() is not None:
+            return False
+        self._prune()
+        return self._best() is None
+
+    def _best(self) -> Replica | None:
+        """Give the replica for the next call; None when another one is to be opened for it."""
         with _counts:
             replicas = self._replicas.values()
             best = min(replicas, key=lambda replica: replica.in_flight, default=None)
@@ -254,7 +262,14 @@ class Pool:
                 best.in_flight >= self._per_container and len(replicas) < self._max_containers
             ):
                 return None
-            self._take(best)
+            return best
+
+    def _take_best(self) -> Replica | None:
+        """Give the best replica to a call that waits for one."""
+        with _counts:
+            best = self._best()
+            if best is not None:
+                self._take(best)
             return best
 
     def _take(self, replica: Replica) -> None:

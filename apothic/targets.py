@@ -141,8 +141,13 @@ class Target:
 
     @property
     def is_open(self) -> bool:
-        """Whether a replica is there, so that submitting does not wait for one."""
+        """Whether a replica is there."""
         return self.closed or (self._pool is not None and bool(self._pool.replicas))
+
+    @property
+    def would_open(self) -> bool:
+        """Whether the next call would open a replica, which takes a while."""
+        return not self.closed and (self._pool is None or self._pool.would_open)
 
     def primary(self) -> InstanceRef:
         """Give the first replica, opening it if there is none."""
