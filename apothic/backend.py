@@ -17,7 +17,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from apothic.errors import BackendNotFoundError, InvalidOptionError, UsageError
+from apothic.errors import (
+    BackendNotFoundError,
+    InvalidOptionError,
+    MethodNotFoundError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from apothic.node_types import NodeType
@@ -46,6 +51,7 @@ __all__ = [
     "connect",
     "connected",
     "use_client",
+    "version_lacks",
 ]
 
 _GROUP = "apothic.backends"
@@ -78,6 +84,10 @@ class CallRef(ABC):
     @abstractmethod
     def cancel(self) -> None:
         """Stop the call wherever it is; its result is then `JobCancelledError`."""
+
+    def withdraw(self) -> None:
+        """Cancel the call if it has not begun; leave one that runs alone. Engines may do neither."""
+        return
 
     @property
     @abstractmethod
@@ -142,6 +152,10 @@ class InstanceRef(ABC):
     def wait_ready(self) -> None:
         """Wait until ``enter`` has finished; raise `InstanceStartError` if it failed."""
 
+    def is_same(self, other: InstanceRef) -> bool:
+        """Tell whether another reference is to this very instance, not only one of the same name."""
+        return other is self
+
     @abstractmethod
     def inspect(self) -> InstanceInfo:
         """Ask how it is, also while calls are running."""
@@ -153,6 +167,15 @@ class InstanceRef(ABC):
     @abstractmethod
     def release(self) -> None:
         """Give up this process's lease; the last one to do so stops the instance."""
+
+
+def version_lacks(label: str, method: str, spec_digest: str) -> MethodNotFoundError:
+    """Give the error for a method that the caller knows and a running instance does not."""
+    return MethodNotFoundError(
+        f"{label} has no remote method {method!r}: it runs version {spec_digest[:12]} of its class, "
+        f"which is another than this process has. Close the instance and start it again, or deploy "
+        f"with app.deploy(close_outdated=True)."
+    )
 
 
 def _no_blobs() -> Mapping[str, bytes]:

@@ -24,6 +24,7 @@ from apothic.inprocess import FutureCall, run_now
 from apothic.instance import ClassInstance, LocalClassInstance
 from apothic.names import check_instance_id
 from apothic.packing import arguments_digest, dumps
+from apothic.pools import Pool, close_everywhere, pool_of, shared_pool
 from apothic.targets import Target
 from apothic.twins import Twin, Twins, class_twin, twin
 from apothic.values import (
@@ -165,24 +166,31 @@ class Cls(DescribedClass):
         digest = arguments_digest(bound)
         packed = self._pack(args, kwargs)
 
-        def open_replica(index: int) -> InstanceRef:
+        def find_pool() -> Pool:
             client = self._client()
             shared = self.remote_only or self._deployment_id() is not None
             scope = "" if shared else client.job_id
-            key = digest_of([self.spec.digest, digest, scope])[:24]
-            return client.start(
-                self._request(f"bind-{key}-{index}", packed, digest, named=False, reuse=True)
-            )
+            key = f"bind-{digest_of([self.spec.digest, digest, scope])[:24]}"
 
-        target = Target(
-            open_replica,
-            label=self._label,
-            max_pending=self._options.max_pending_tasks,
-            max_containers=self._options.max_containers,
-            tasks_per_container=self._options.tasks_per_container,
-            replaceable=True,
-        )
-        return ClassInstance(self, target)
+            def open_replica(index: int) -> InstanceRef:
+                return client.start(
+                    self._request(f"{key}-{index}", packed, digest, named=False, reuse=True)
+                )
+
+            def make() -> Pool:
+                return Pool(
+                    open_replica,
+                    label=self._label,
+                    max_pending=self._options.max_pending_tasks,
+                    max_containers=self._options.max_containers,
+                    tasks_per_container=self._options.tasks_per_container,
+                    replaceable=True,
+                    client=client,
+                )
+
+            return shared_pool(client, (key,), make)
+
+        return ClassInstance(self, Target.shared(find_pool, self._label))
 
     def remote(self, *args: Any, **kwargs: Any) -> ClassInstance:
         """Do what `bind` does, start the instance now, and return when ``enter`` has finished.
@@ -276,7 +284,7 @@ class Cls(DescribedClass):
         """
         parsed, client = self._check_handle(handle)
         try:
-            return client.attach(parsed).close()
+            return close_everywhere(client, client.attach(parsed))
         except InstanceNotFoundError:
             return CloseReport(closed=False, note="it was closed before")
 
@@ -294,7 +302,8 @@ class Cls(DescribedClass):
         """
         check_instance_id(instance_id)
         try:
-            ref = self._client().attach(self._named_handle(instance_id))
+            client = self._client()
+            ref = client.attach(self._named_handle(instance_id))
             if args or kwargs:
                 digest = arguments_digest(self._bind(args, kwargs))
                 if ref.inspect().arguments_digest != digest:
@@ -302,7 +311,7 @@ class Cls(DescribedClass):
                         f"{self._label} {instance_id!r} was made with other arguments than those "
                         f"given, so it is left alone. Leave the arguments out to close it anyway."
                     )
-            return ref.close()
+            return close_everywhere(client, ref)
         except InstanceNotFoundError:
             return CloseReport(closed=False, note="no instance of this id lives")
 
@@ -372,10 +381,12 @@ class Cls(DescribedClass):
         return self._instance(ref)
 
     def _instance(self, ref: InstanceRef) -> ClassInstance:
-        target = Target(
-            lambda _: ref,
-            label=f"{self._label} {ref.handle.instance_id!r}",
-            max_pending=self._options.max_pending_tasks,
+        label = f"{self._label} {ref.handle.instance_id!r}"
+        target = Target.shared(
+            lambda: pool_of(
+                self._client(), ref, label=label, max_pending=self._options.max_pending_tasks
+            ),
+            label,
         )
         target.primary()
         return ClassInstance(self, target)

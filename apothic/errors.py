@@ -271,7 +271,14 @@ class InstanceLostError(InstanceError):
 
 
 class InstanceClosedError(InstanceError):
-    """The instance was closed, by this process or by another."""
+    """The instance was closed, by this process or by another.
+
+    Attributes:
+        refused: True when the call is known not to have run: it came after the closing. One that was
+            interrupted by the closing, or whose process was removed, has run or may have.
+    """
+
+    refused: bool = False
 
 
 class SandboxError(ApothicError):

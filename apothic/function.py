@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from inspect import Signature
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from apothic.backend import CallRef, ItemStream
-from apothic.calls import RetryingCall, is_retryable, with_retries
 from apothic.definition import bind_arguments
-from apothic.errors import JobCancelledError, PendingTasksExceededError, UsageError
+from apothic.errors import (
+    JobCancelledError,
+    PendingTasksExceededError,
+    RemoteTraceback,
+    UsageError,
+    WaitTimeoutError,
+)
 from apothic.retries import Retries
 from apothic.targets import Target
 from apothic.twins import Twin, in_thread, twin
@@ -27,12 +31,9 @@ JobStatus = Literal["pending", "succeeded", "failed", "cancelled"]
 class Job(Generic[_R]):
     """One submitted call. Await it, or `get` its value."""
 
-    def __init__(
-        self, call: CallRef, settle: Callable[[CallRef, BaseException | None], None]
-    ) -> None:
+    def __init__(self, call: CallRef) -> None:
         """Wrap a submitted call; made by `Function.spawn`."""
         self._call = call
-        self._settle = settle
 
     @property
     def aio(self) -> JobAio:
@@ -55,13 +56,7 @@ class Job(Generic[_R]):
             JobCancelledError: when it was cancelled.
             Exception: whatever the call raised.
         """
-        try:
-            value: _R = self._call.result(timeout_s)
-        except BaseException as error:
-            if self._call.done():
-                self._settle(self._call, error)
-            raise
-        self._settle(self._call, None)
+        value: _R = self._call.result(timeout_s)
         return value
 
     def done(self) -> bool:
@@ -69,8 +64,15 @@ class Job(Generic[_R]):
         return self._call.done()
 
     def cancel(self) -> None:
-        """Stop the call: one that waits will not run, a running one is interrupted."""
+        """Stop the call: one that waits will not run, a running one is interrupted.
+
+        One in native code cannot be: seconds later its process is replaced, and what the instance
+        held in memory is lost, as when it runs longer than its ``timeout_s``.
+        """
         self._call.cancel()
+
+    def _withdraw(self) -> None:
+        self._call.withdraw()
 
     @property
     def status(self) -> JobStatus:
@@ -81,7 +83,10 @@ class Job(Generic[_R]):
             self._call.result(0)
         except JobCancelledError:
             return "cancelled"
-        except BaseException:
+        except WaitTimeoutError as error:
+            # It is sent again, or its value is on its way here; unless this is what it raised.
+            return "failed" if isinstance(error.__cause__, RemoteTraceback) else "pending"
+        except Exception:
             return "failed"
         return "succeeded"
 
@@ -95,10 +100,6 @@ class Job(Generic[_R]):
         except asyncio.CancelledError:
             self._call.cancel()
             raise
-        except BaseException as error:
-            self._settle(self._call, error)
-            raise
-        self._settle(self._call, None)
         return value
 
     def __repr__(self) -> str:
@@ -123,13 +124,9 @@ class RemoteStream(Generic[_R]):
     ``finally`` blocks run.
     """
 
-    def __init__(self, open_stream: Callable[[], ItemStream], policy: Retries) -> None:
-        """Start the producer; made by `Function.remote_gen`."""
-        self._open = open_stream
-        self._policy = policy
-        self._stream = open_stream()
-        self._attempt = 1
-        self._delivered = False
+    def __init__(self, stream: ItemStream) -> None:
+        """Wrap a started producer; made by `Function.remote_gen`."""
+        self._stream = stream
         self._ended = False
 
     def __iter__(self) -> Iterator[_R]:
@@ -138,20 +135,14 @@ class RemoteStream(Generic[_R]):
 
     def __next__(self) -> _R:
         """Wait for the next item."""
-        while True:
-            if self._ended:
-                raise StopIteration
-            try:
-                item: _R = self._stream.next_item()
-            except BaseException as error:
-                delay_s = self._again(error)
-                if delay_s is None:
-                    raise
-                time.sleep(delay_s)
-                self._stream = self._open()
-                continue
-            self._delivered = True
-            return item
+        if self._ended:
+            raise StopIteration
+        try:
+            item: _R = self._stream.next_item()
+        except BaseException as error:
+            self._note_end(error)
+            raise
+        return item
 
     def __aiter__(self) -> AsyncIterator[_R]:
         """Iterate over the items without blocking the event loop."""
@@ -159,20 +150,14 @@ class RemoteStream(Generic[_R]):
 
     async def __anext__(self) -> _R:
         """Await the next item."""
-        while True:
-            if self._ended:
-                raise StopAsyncIteration
-            try:
-                item: _R = await self._stream.anext_item()
-            except BaseException as error:
-                delay_s = self._again(error)
-                if delay_s is None:
-                    raise
-                await asyncio.sleep(delay_s)
-                self._stream = await in_thread(self._open)
-                continue
-            self._delivered = True
-            return item
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            item: _R = await self._stream.anext_item()
+        except BaseException as error:
+            self._note_end(error)
+            raise
+        return item
 
     def close(self) -> None:
         """Stop the producer; idempotent."""
@@ -196,21 +181,10 @@ class RemoteStream(Generic[_R]):
         if not getattr(self, "_ended", True):
             self.close()
 
-    def _again(self, error: BaseException) -> float | None:
-        """Give the delay before another attempt, or None when ``error`` is final."""
-        if isinstance(error, Exception) and not isinstance(
-            error, (StopIteration, StopAsyncIteration)
-        ):
-            # Items that were delivered cannot be taken back, so that ends the retries.
-            may_retry = not self._delivered and self._attempt <= self._policy.max_retries
-            if may_retry and is_retryable(error):
-                delay_s = self._policy.delay_s(self._attempt)
-                self._attempt += 1
-                return delay_s
+    def _note_end(self, error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError) or not isinstance(error, Exception):
-            self.close()
+            self.close()  # the producer goes on otherwise
         self._ended = True
-        return None
 
 
 class Function(Generic[_R]):
@@ -303,9 +277,7 @@ class Function(Generic[_R]):
             Exception: whatever the method raised.
         """
         target, timeout_s = self._ready(args, kwargs)
-        if self._retries.max_retries == 0:
-            return target.call(self._info, args, kwargs, timeout_s)
-        return with_retries(self._retries, lambda: target.call(self._info, args, kwargs, timeout_s))
+        return target.call(self._info, args, kwargs, timeout_s, self._retries)
 
     def spawn(self, *args: Any, **kwargs: Any) -> Job[_R]:
         """Submit a call and return at once.
@@ -316,12 +288,7 @@ class Function(Generic[_R]):
             PendingTasksExceededError: when too many calls are unfinished.
         """
         target, timeout_s = self._ready(args, kwargs)
-        if self._retries.max_retries == 0:
-            return Job(target.submit(self._info, args, kwargs, timeout_s), target.settle)
-        call = RetryingCall(
-            self._retries, lambda: target.submit(self._info, args, kwargs, timeout_s)
-        )
-        return Job(call, target.settle)
+        return Job(target.submit(self._info, args, kwargs, timeout_s, self._retries))
 
     def remote_gen(self, *args: Any, **kwargs: Any) -> RemoteStream[Any]:
         """Start a generator method and iterate over its items as they come.
@@ -336,9 +303,7 @@ class Function(Generic[_R]):
                 f"Write .remote(…) or .spawn(…)."
             )
         target, timeout_s = self._ready(args, kwargs, yields=True)
-        return RemoteStream(
-            lambda: target.stream(self._info, args, kwargs, timeout_s), self._retries
-        )
+        return RemoteStream(target.stream(self._info, args, kwargs, timeout_s, self._retries))
 
     def map(self, items: Iterable[Any]) -> list[Any]:
         """Call the method with each item; give the values in their order.
@@ -346,7 +311,8 @@ class Function(Generic[_R]):
         Calls run side by side as far as instance and ``max_pending_tasks`` allow.
 
         Raises:
-            Exception: the first error in the order of the items; calls not yet begun are cancelled.
+            Exception: the first error in the order of the items; calls not yet begun are cancelled,
+                those that run go on.
         """
         return self.starmap((item,) for item in items)
 
@@ -362,8 +328,9 @@ class Function(Generic[_R]):
             while len(values) < len(jobs):
                 values.append(jobs[len(values)].get())
         except BaseException:
+            # Those that run may be in native code, which to stop costs the instance its state.
             for job in jobs[len(values) :]:
-                job.cancel()
+                job._withdraw()
             raise
         return values
 
@@ -371,7 +338,8 @@ class Function(Generic[_R]):
         """Call the method with each item and drop the values.
 
         Raises:
-            Exception: the first error in the order of the items; calls not yet begun are cancelled.
+            Exception: the first error in the order of the items; calls not yet begun are cancelled,
+                those that run go on.
         """
         self.starmap((item,) for item in items)
 
@@ -469,14 +437,15 @@ class FunctionAio(Twin[Function[Any]]):
     async def spawn(self, *args: Any, **kwargs: Any) -> Job[Any]:
         """Submit a call."""
         function = self._target
-        # A target that has an open replica submits without waiting; the first call may start one.
-        if function._target is None or function._target.is_open:
+        if function._target is None or not function._target.would_open:
             return function.spawn(*args, **kwargs)
         return await in_thread(function.spawn, *args, **kwargs)
 
-    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what `remote` does."""
-        return await self.remote(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what `remote` does; of a generator method, what `remote_gen` does."""
+        if self._target.info.is_generator:
+            return self.remote_gen(*args, **kwargs)
+        return self.remote(*args, **kwargs)
 
     async def remote_gen(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         """Iterate over a generator method's items with ``async for``."""

@@ -117,7 +117,7 @@ class ClassInstance:
 
     @property
     def closed(self) -> bool:
-        """Whether this process closed it."""
+        """Whether it was closed through this object."""
         return self._parts is not None and self._parts[1].closed
 
     def inspect(self) -> InstanceInfo:
@@ -132,7 +132,8 @@ class ClassInstance:
     def close(self) -> CloseReport:
         """Stop it: refuse new calls, let running ones finish, run the exit hooks, free the name.
 
-        Running calls get 10 seconds, then they are interrupted. Idempotent.
+        Running calls get 10 seconds, then they are interrupted. Idempotent. It is closed for every
+        object that reaches it; another one of `Cls.bind` starts it again at its next call.
 
         Returns:
             The exit hooks that ran, and how; a failing hook is reported here, not raised.

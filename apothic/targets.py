@@ -1,105 +1,55 @@
-"""Where calls of an instance go: one container, or a pool that grows and shrinks with the load.
-
-A `Target` admits calls (``max_pending_tasks``), picks the replica with the fewest unfinished ones,
-starts another while ``ceil(in flight / tasks_per_container)`` wants it, and gives up the lease of
-those that stand idle. It counts what this process has in flight; leases make the sum over all
-processes come out right, since a replica ends when the last process has given it up.
-"""
+"""`Target`: where the calls of one instance object go, and whether the object was closed."""
 
 from __future__ import annotations
 
-import itertools
 import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from apothic.backend import CallRef, InstanceRef, ItemStream
-from apothic.errors import (
-    InstanceClosedError,
-    InstanceLostError,
-    PendingTasksExceededError,
-    PlacementError,
-)
+from apothic.calls import AdmittedStream, RetryingCall, TrackedCall, run_call
+from apothic.errors import InstanceClosedError
+from apothic.pools import Pool, PoolSlot, Replica
+from apothic.retries import Retries
 from apothic.values import CloseReport, MethodInfo
 
-__all__ = ["IDLE_S", "Target"]
+__all__ = ["Target"]
 
-IDLE_S = 30.0
-"""Seconds without a call after which an extra replica is given up."""
-
-_SLOT_POLL_S = 0.005  # only `map` and its kin wait for a slot, and only when others hold them all
-_PRUNE_SLACK = 32
-
-
-class _Replica:
-    """One container and what this process has in flight there; guarded by its target's lock."""
-
-    __slots__ = ("idle_since", "index", "prune_at", "ref", "running", "tracked")
-
-    def __init__(self, index: int, ref: InstanceRef) -> None:
-        self.index = index
-        self.ref = ref
-        self.running = 0
-        self.tracked: list[CallRef] = []
-        self.prune_at = _PRUNE_SLACK
-        self.idle_since = time.monotonic()
-
-    @property
-    def in_flight(self) -> int:
-        return self.running + len(self.tracked)
-
-    def prune(self) -> None:
-        """Forget finished calls; amortised, since asking costs the engine a look at each."""
-        if self.tracked:
-            finished = self.tracked[0].finished(self.tracked)
-            self.tracked = [c for c, gone in zip(self.tracked, finished, strict=True) if not gone]
-            if not self.tracked:
-                self.idle_since = time.monotonic()
-        self.prune_at = 2 * len(self.tracked) + _PRUNE_SLACK
+_NO_RETRIES = Retries(0)
 
 
 class Target:
-    """The replicas behind one instance object."""
+    """One object's way to the replicas of its instance, which it may share with other objects."""
+
+    _pool: Pool | None
 
     def __init__(
-        self,
-        open_replica: Callable[[int], InstanceRef],
-        *,
-        label: str,
-        max_pending: int,
-        max_containers: int = 1,
-        tasks_per_container: int = 1,
-        replaceable: bool = False,
-        idle_s: float | None = None,
+        self, open_replica: Callable[[int], InstanceRef], *, label: str, max_pending: int
     ) -> None:
-        """Describe the replicas; none is opened before the first use.
+        """Reach an instance that only this object has.
 
         Args:
-            open_replica: starts or finds the replica of an index, under a lease.
-            label: names the instance in errors.
-            max_pending: unfinished calls of this process beyond which the next is refused.
-            max_containers: upper limit of replicas.
-            tasks_per_container: calls in flight that a replica takes before another is wanted.
-            replaceable: a lost or closed replica is opened again for the next call.
-            idle_s: seconds after which extra replicas are given up; `IDLE_S` by default.
+            open_replica: gives it; called at first use.
+            label: names it in errors.
+            max_pending: unfinished calls beyond which the next is refused.
         """
-        self._open = open_replica
+        self._set_up(lambda: pool, label)
+        self._pool = pool = Pool(open_replica, label=label, max_pending=max_pending)
+
+    @classmethod
+    def shared(cls, find_pool: Callable[[], Pool], label: str) -> Target:
+        """Reach the pool that ``find_pool`` gives; it is asked at first use, not before."""
+        made = cls.__new__(cls)
+        made._set_up(find_pool, label)
+        return made
+
+    def _set_up(self, find_pool: Callable[[], Pool], label: str) -> None:
+        self._find_pool = find_pool
+        self._pool = None
+        self._lock = threading.Lock()
         self.label: str = label
-        self._max_pending = max_pending
-        self._max_containers = max_containers
-        self._per_container = tasks_per_container
-        self._replaceable = replaceable
-        self._idle_s = idle_s
-        self._replicas: list[_Replica] = []
-        self._left: list[_Replica] = []  # what `close` failed to close
-        self._reports: list[CloseReport] = []  # of what it closed then
-        self._lock = threading.RLock()
+        self._is_half_closed = False  # `close` failed
         self.closed: bool = False
-        if max_containers > 1:
-            _reaper.watch(self)
 
     # -- calls ---------------------------------------------------------------------------------
 
@@ -109,19 +59,12 @@ class Target:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         timeout_s: float | None,
+        policy: Retries = _NO_RETRIES,
     ) -> Any:
         """Submit a call and wait for its value."""
-        while True:
-            with self._running() as replica:
-                try:
-                    return replica.ref.submit(method, args, kwargs, timeout_s).result()
-                except InstanceClosedError:
-                    # It was refused, so it did not run. Another process closed a shared replica.
-                    if not self._forget(replica):
-                        raise
-                except (InstanceLostError, PlacementError):
-                    self._forget(replica)
-                    raise
+        return run_call(
+            policy, self._admit(), lambda ref: ref.submit(method, args, kwargs, timeout_s)
+        )
 
     def submit(
         self,
@@ -129,13 +72,44 @@ class Target:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         timeout_s: float | None,
+        policy: Retries = _NO_RETRIES,
     ) -> CallRef:
         """Submit a call and return at once; it counts as pending until it has ended."""
-        with self._lock:
-            replica = self._admit()
-            call = replica.ref.submit(method, args, kwargs, timeout_s)
-            replica.tracked.append(call)
+
+        def send(ref: InstanceRef) -> CallRef:
+            return ref.submit(method, args, kwargs, timeout_s)
+
+        slot = self._admit()
+        try:
+            if policy.max_retries:
+                return RetryingCall(policy, slot, send)
+            return self._track(slot, send)
+        except BaseException:
+            slot.leave()
+            raise
+
+    def _track(self, slot: PoolSlot, send: Callable[[InstanceRef], CallRef]) -> CallRef:
+        pool = slot.pool
+        replica: Replica
+
+        def send_in(slot: PoolSlot) -> CallRef:
+            nonlocal replica
+            try:
+                call = send(slot.enter())
+                replica = slot.track(call)
+            except BaseException:
+                slot.leave()
+                raise
             return call
+
+        def settle(call: CallRef, error: BaseException | None) -> bool:
+            replica.forget((call,))
+            refused = error is not None and pool.note_failure(replica, error)
+            return refused and not self.closed
+
+        # One that was refused is not admitted anew: it was accepted once.
+        again = (lambda: send_in(pool.rest(self._check_open))) if pool.replaceable else None
+        return TrackedCall(send_in(slot), again, settle)
 
     def stream(
         self,
@@ -143,221 +117,79 @@ class Target:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         timeout_s: float | None,
+        policy: Retries = _NO_RETRIES,
     ) -> ItemStream:
         """Start a generator call; it counts as pending until the stream is closed or exhausted."""
-        with self._lock:
-            replica = self._admit()
-            stream = replica.ref.stream(method, args, kwargs, timeout_s)
-            replica.running += 1
-        return _CountedStream(stream, lambda: self._leave(replica))
-
-    def settle(self, call: CallRef, error: BaseException | None) -> None:
-        """Note that a submitted call has ended, before the next look would find out."""
-        with self._lock:
-            for replica in list(self._replicas):
-                if call in replica.tracked:
-                    replica.tracked.remove(call)
-                    replica.idle_since = time.monotonic()
-                    if isinstance(error, (InstanceLostError, InstanceClosedError, PlacementError)):
-                        self._forget(replica)
+        slot = self._admit()
+        try:
+            return AdmittedStream(
+                policy, slot, lambda ref: ref.stream(method, args, kwargs, timeout_s)
+            )
+        except BaseException:
+            slot.leave()
+            raise
 
     def wait_for_slot(self) -> None:
         """Wait until a call would be admitted."""
-        while True:
-            with self._lock:
-                if self._in_flight() < self._max_pending:
-                    return
-                for replica in self._replicas:
-                    replica.prune()
-                if self._in_flight() < self._max_pending:
-                    return
-            time.sleep(_SLOT_POLL_S)
+        self.pool.wait_for_slot()
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls of this process count as unfinished, through whichever object."""
+        return 0 if self._pool is None else self._pool.in_flight
 
     # -- life ----------------------------------------------------------------------------------
 
     @property
     def is_open(self) -> bool:
-        """Whether a replica is there, so that submitting does not wait for one."""
-        return bool(self._replicas) or self.closed
+        """Whether a replica is there."""
+        return self.closed or (self._pool is not None and bool(self._pool.replicas))
+
+    @property
+    def would_open(self) -> bool:
+        """Whether the next call would open a replica, which takes a while."""
+        return not self.closed and (self._pool is None or self._pool.would_open)
 
     def primary(self) -> InstanceRef:
         """Give the first replica, opening it if there is none."""
-        with self._lock:
-            self._check_open()
-            if not self._replicas:
-                self._replicas.append(_Replica(0, self._open(0)))
-            return self._replicas[0].ref
+        self._check_open()
+        return self.pool.primary(self._check_open).ref
 
     def close(self) -> CloseReport:
-        """Stop every replica; the report joins theirs. Where that failed it can be called again.
+        """Stop every replica, for all objects that share them; the report joins theirs.
+
+        Where that failed it can be called again.
 
         Raises:
             ApothicError: a replica could not be stopped; the others were, as far as that went.
         """
         with self._lock:
-            if self.closed and not self._left:
+            if self.closed and not self._is_half_closed:
                 return CloseReport(closed=False, note="it was closed before")
-            self.closed = True
-            replicas = self._left + self._replicas
-            self._left, self._replicas = [], []
-        failures: list[Exception] = []
-        try:
-            while replicas:
-                try:
-                    self._reports.append(replicas[0].ref.close())
-                except Exception as error:
-                    failures.append(error)
-                    self._left.append(replicas[0])
-                del replicas[0]
-        finally:
-            self._left += replicas  # an interrupted one keeps the rest
-        if failures:
-            raise failures[0]
-        reports, self._reports = self._reports, []
-        if len(reports) == 1:
-            return reports[0]
-        return CloseReport(
-            closed=any(report.closed for report in reports),
-            hooks=tuple(itertools.chain.from_iterable(report.hooks for report in reports)),
-            interrupted_calls=sum(report.interrupted_calls for report in reports),
-            note=None if reports else "it was never started",
-        )
-
-    def scale_down(self) -> None:
-        """Give up extra replicas that have stood idle long enough."""
-        idle_s = IDLE_S if self._idle_s is None else self._idle_s
-        with self._lock:
-            for replica in self._replicas:
-                replica.prune()
-            now = time.monotonic()
-            gone = [
-                replica
-                for replica in self._replicas[1:]
-                if replica.in_flight == 0 and now - replica.idle_since >= idle_s
-            ]
-            self._replicas = [r for r in self._replicas if r not in gone]
-        for replica in gone:
-            replica.ref.release()
+            self.closed = self._is_half_closed = True
+        report = CloseReport(closed=False, note="it was never started")
+        if self._pool is not None:
+            report = self._pool.close()
+        self._is_half_closed = False
+        return report
 
     # -- inside --------------------------------------------------------------------------------
 
-    @contextmanager
-    def _running(self) -> Iterator[_Replica]:
-        with self._lock:
-            replica = self._admit()
-            replica.running += 1
-        try:
-            yield replica
-        finally:
-            self._leave(replica)
+    @property
+    def pool(self) -> Pool:
+        """What all objects of the instance share in this process; found at first use."""
+        pool = self._pool
+        if pool is None or (pool.replaceable and not pool.replicas):
+            # Without replicas the next one is opened on the connection that there is now.
+            self._pool = pool = self._find_pool()
+        return pool
 
-    def _leave(self, replica: _Replica) -> None:
-        with self._lock:
-            replica.running -= 1
-            replica.idle_since = time.monotonic()
-
-    def _in_flight(self) -> int:
-        return sum(replica.in_flight for replica in self._replicas)
+    def _admit(self) -> PoolSlot:
+        self._check_open()
+        return self.pool.admit(self._check_open)
 
     def _check_open(self) -> None:
         if self.closed:
             raise InstanceClosedError(
                 f"{self.label} is closed: this process closed it. Make or name a new instance."
             )
-
-    def _admit(self) -> _Replica:
-        """Pick the replica for one more call, or refuse it; called with the lock held."""
-        self._check_open()
-        if not self._replicas:
-            self._replicas.append(_Replica(0, self._open(0)))
-        best = min(self._replicas, key=lambda replica: replica.in_flight)
-        if len(best.tracked) >= best.prune_at:
-            best.prune()
-        if self._in_flight() >= self._max_pending:
-            for replica in self._replicas:
-                replica.prune()
-            if self._in_flight() >= self._max_pending:
-                raise PendingTasksExceededError(
-                    f"{self.label} has {self._in_flight()} unfinished calls from this process, "
-                    f"which is max_pending_tasks={self._max_pending}. Wait for some, use map, "
-                    f"which paces itself, or raise max_pending_tasks."
-                )
-        if best.in_flight >= self._per_container and len(self._replicas) < self._max_containers:
-            for replica in self._replicas:
-                replica.prune()
-            best = min(self._replicas, key=lambda replica: replica.in_flight)
-            if best.in_flight >= self._per_container:
-                taken = {replica.index for replica in self._replicas}
-                index = next(i for i in itertools.count() if i not in taken)
-                best = _Replica(index, self._open(index))
-                self._replicas.append(best)
-        return best
-
-    def _forget(self, replica: _Replica) -> bool:
-        """Drop a replica that is gone; True when another will be opened in its place."""
-        if not self._replaceable:
-            return False
-        with self._lock:
-            if replica in self._replicas:
-                self._replicas.remove(replica)
-        return not self.closed
-
-
-class _CountedStream(ItemStream):
-    """A stream that tells its target when it has ended."""
-
-    def __init__(self, stream: ItemStream, ended: Callable[[], None]) -> None:
-        self._stream = stream
-        self._end = weakref.finalize(self, ended)
-        self._end.atexit = False
-
-    def next_item(self) -> Any:
-        try:
-            return self._stream.next_item()
-        except BaseException:
-            self._end()
-            raise
-
-    async def anext_item(self) -> Any:
-        try:
-            return await self._stream.anext_item()
-        except BaseException:
-            self._end()
-            raise
-
-    def close(self) -> None:
-        self._end()
-        self._stream.close()
-
-
-class _Reaper:
-    """One daemon thread that scales all pools of this process down; started with the first."""
-
-    def __init__(self) -> None:
-        self._targets: weakref.WeakSet[Target] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def watch(self, target: Target) -> None:
-        with self._lock:
-            self._targets.add(target)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="apothic-scale-down", daemon=True
-                )
-                self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(min(1.0, IDLE_S / 2))
-            with self._lock:
-                targets = list(self._targets)
-            for target in targets:
-                try:
-                    target.scale_down()
-                except Exception:
-                    continue
-            del targets
-
-
-_reaper = _Reaper()

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -128,6 +129,11 @@ class RayClient(ControlPlaneClient):
     def is_of(self, job_id: str) -> bool:
         """Tell whether this client belongs to the connection that the process has now."""
         return self._job_id == job_id and self._worker == ray_api.connection_id()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether its connection is still there; asking Ray without one would start a cluster."""
+        return ray.is_initialized() and self._worker == ray_api.connection_id()
 
     @staticmethod
     def _find_holder() -> str:
@@ -432,17 +438,20 @@ class RayClient(ControlPlaneClient):
             for spec in [specs[lease["spec_digest"]]]
         ]
 
-    def take_timeout(self, task_id: str, actor_id: str, *, overdue: bool) -> str | None:
+    def take_timeout(
+        self, task_id: str, actor_id: str, *, overdue: bool, until: float = math.inf
+    ) -> str | None:
         """Read what a replaced process left for a call.
 
         A process that hung with the interpreter lock could leave none; its successor does. For a call
-        that is ``overdue`` this waits until the successor is there, or none is coming.
+        that is ``overdue`` this waits until the successor is there, or none is coming, at most to the
+        time ``until``.
         """
         found = self.registry.take_timeout(task_id)
         if found is not None or not overdue or self.is_proxy:
             return found
         began = time.monotonic()
-        while time.monotonic() - began < SUCCESSOR_WAIT_S:
+        while time.monotonic() < min(began + SUCCESSOR_WAIT_S, until):
             state = ray_api.actor_record(actor_id).get("State")
             found = self.registry.take_timeout(task_id)
             # Its death may be news to the GCS: for a moment it still says ALIVE.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import math
 import pickle
 import threading
 import time
@@ -15,14 +17,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import ray
 from ray import exceptions as rays
 
-from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest
+from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest, version_lacks
 from apothic.errors import (
+    FunctionTimeoutError,
+    InstanceClosedError,
     InstanceLostError,
     PlacementError,
     SerializationError,
     UsageError,
 )
 from apothic.values import ClassInstanceHandle, CloseReport, InstanceInfo, MethodInfo
+from ray_backend import ray_api
 from ray_backend.actors.compile import actor_method_name
 from ray_backend.actors.gate import ACK_EVERY, CONSUMER_KEY
 from ray_backend.actors.host import TIMEOUT_KEY
@@ -59,6 +64,8 @@ class RayInstance(InstanceRef):
         self.failure: PlacementError | None = None  # why it never had room
         self.label = f"{handle.app}.{handle.cls} {handle.instance_id!r}"
         self._submitters: dict[str, Callable[..., Any]] = {}
+        self._waiting: list[Callable[[BaseException | None], None]] = []
+        self._waiting_lock = threading.Lock()
 
     @property
     def handle(self) -> ClassInstanceHandle:
@@ -75,6 +82,10 @@ class RayInstance(InstanceRef):
         """Whether it may still be moved to where there is room."""
         return self._may_wait
 
+    def is_same(self, other: InstanceRef) -> bool:
+        """Compare the actors; one that was moved is another until it is followed."""
+        return isinstance(other, RayInstance) and self._actor._actor_id == other._actor._actor_id
+
     def submit(
         self,
         method: MethodInfo,
@@ -85,23 +96,36 @@ class RayInstance(InstanceRef):
         """Submit a call; arguments go to Ray natively, so that large arrays are not copied."""
         if timeout_s is not None:
             kwargs = {**kwargs, TIMEOUT_KEY: timeout_s}
+        self.submitter(method.name)  # says here that there is none
+        in_vain = self.is_known_dead
         try:
             with self._sending if self._may_wait else contextlib.nullcontext():
                 ref = self.submitter(method.name)(*args, **kwargs)
-                call = RayCall(self, ref, method.name, args, kwargs, timeout_s)
+                call = RayCall(self, ref, method.name, args, kwargs, timeout_s, in_vain)
                 if self._may_wait:
                     self._sent_early.append(call)
             return call
         except (TypeError, pickle.PicklingError, AttributeError) as error:
             raise self._unserializable(method, args, kwargs, error) from error
 
+    @property
+    def is_known_dead(self) -> bool:
+        """Whether it had ended before what is sent to it now, which then cannot run."""
+        return not self._handle.named and ray_api.is_known_dead(self._actor)
+
     def submitter(self, method: str) -> Callable[..., Any]:
         """Give what sends a call of a method to the actor."""
         found = self._submitters.get(method)
         if found is None:
-            found = getattr(self._actor, actor_method_name(method)).remote
+            found = self._actor_method(method).remote
             self._submitters[method] = found
         return found
+
+    def _actor_method(self, method: str) -> Any:
+        try:
+            return getattr(self._actor, actor_method_name(method))
+        except AttributeError:
+            raise version_lacks(self.label, method, self._handle.spec_digest) from None
 
     def _unserializable(
         self, method: MethodInfo, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
@@ -138,9 +162,11 @@ class RayInstance(InstanceRef):
         def send() -> Any:
             return self._stream_submitter(method.name)(*args, **kwargs)
 
+        self._stream_submitter(method.name)  # says here that there is none
+        in_vain = self.is_known_dead
         try:
             with self._sending if self._may_wait else contextlib.nullcontext():
-                stream = RayStream(self, send, timeout_s)
+                stream = RayStream(self, send, timeout_s, in_vain)
                 if self._may_wait:
                     self._sent_early.append(stream)
             return stream
@@ -151,8 +177,7 @@ class RayInstance(InstanceRef):
         key = f"{method}()"
         found = self._submitters.get(key)
         if found is None:
-            actor_method = getattr(self._actor, actor_method_name(method))
-            found = actor_method.options(num_returns="streaming").remote
+            found = self._actor_method(method).options(num_returns="streaming").remote
             self._submitters[key] = found
         return found
 
@@ -204,18 +229,35 @@ class RayInstance(InstanceRef):
         return self._client.close_instance(self)
 
     def release(self) -> None:
-        """Give up this process's lease."""
-        self._client.release(self)
+        """Give up this process's lease; with the connection they have all ended."""
+        if self.is_connected:
+            self._client.release(self)
 
-    def cancel(self, task_id: str) -> None:
-        """Stop a call that waits or runs."""
+    @property
+    def is_connected(self) -> bool:
+        """Whether the connection that it was reached by is still there."""
+        return self._client.is_live
+
+    def cancel(self, task_id: str, queued_only: bool = False) -> None:
+        """Stop a call that waits or runs; with ``queued_only`` leave a running one alone."""
         with contextlib.suppress(rays.RayError):
-            self._actor.apothic_cancel.remote(task_id)
+            self._actor.apothic_cancel.remote(task_id, queued_only)
 
     def error_of(
-        self, error: BaseException, call: Submitted, waited_s: float | None = None
+        self,
+        error: BaseException,
+        call: Submitted,
+        waited_s: float | None = None,
+        until: float = math.inf,
     ) -> BaseException:
-        """Translate what a call raised; ``waited_s`` is what its caller was ready to wait."""
+        """Translate what a call raised.
+
+        Args:
+            error: what it raised.
+            call: what is known of it.
+            waited_s: what its caller was ready to wait.
+            until: when its caller wants an answer, whatever more could be found out.
+        """
         gone = isinstance(error, (rays.RayActorError, rays.ActorUnschedulableError))
         if gone and self.failure is not None:
             return type(self.failure)(
@@ -226,9 +268,12 @@ class RayInstance(InstanceRef):
                 f"{self.label} lost its node and was made again on another; this call may or may not "
                 f"have had effects. Call again, or give the class retries=."
             )
-        return translate(error, self.label, lambda: self._timeout_word(call), waited_s)
+        found = translate(error, self.label, lambda: self._timeout_word(call, until), waited_s)
+        if isinstance(found, InstanceClosedError) and gone:
+            found.refused = call.in_vain
+        return found
 
-    def _timeout_word(self, call: Submitted) -> str | None:
+    def _timeout_word(self, call: Submitted, until: float) -> str | None:
         """Read what the process left for a call that it could only end together with itself."""
         limit_s = call.timeout_s
         if limit_s is None:
@@ -238,17 +283,49 @@ class RayInstance(InstanceRef):
             call.ref.task_id().hex(),
             self._actor._actor_id.hex(),
             overdue=time.monotonic() - call.since >= limit_s,
+            until=until,
         )
 
-    def wait_for_restart(self) -> None:
-        """Wait until an instance that is coming back answers again."""
+    def wait_for_restart(self, until: float) -> bool:
+        """Wait until an instance that is coming back answers again; False when the time is over."""
+        while True:
+            left_s = max(0.0, until - time.monotonic())
+            try:
+                ray.get(self._actor.apothic_status.remote(), timeout=left_s)
+                return True
+            except rays.GetTimeoutError:
+                return False
+            except rays.ActorUnavailableError:
+                if not left_s:
+                    return False
+                time.sleep(min(_RETRY_STEP_S, left_s))
+            except (rays.RayActorError, rays.ActorUnschedulableError):
+                if not self.follow_successor():
+                    raise
+
+    def when_restarted(self, until: float, then: Callable[[BaseException | None], None]) -> None:
+        """Call ``then`` when an instance that is coming back answers, or the time is over.
+
+        It gets what stands in the way for good, or None. All that wait at once share one thread.
+        """
+        with self._waiting_lock:
+            self._waiting.append(then)
+            if len(self._waiting) > 1:
+                return
+        threading.Thread(
+            target=self._watch_restart, args=(until,), name="apothic-restart", daemon=True
+        ).start()
+
+    def _watch_restart(self, until: float) -> None:
+        error: BaseException | None = None
         try:
-            ray.get(self._actor.apothic_status.remote(), timeout=RESTART_S)
-        except rays.ActorUnavailableError:
-            pass
-        except (rays.RayActorError, rays.ActorUnschedulableError):
-            if not self.follow_successor():
-                raise
+            self.wait_for_restart(until)
+        except BaseException as raised:
+            error = raised
+        with self._waiting_lock:
+            waiting, self._waiting = self._waiting, []
+        for then in waiting:
+            self._client.background.submit(then, error)
 
     def follow_successor(self) -> bool:
         """Go on with the actor that took a dead one's place on another node; False if none does."""
@@ -266,11 +343,19 @@ class RayInstance(InstanceRef):
 
 @dataclass(frozen=True)
 class Submitted:
-    """What is known of a call when it fails: its reference, own limit, and when it was submitted."""
+    """What is known of a call when it fails.
+
+    Attributes:
+        ref: its reference.
+        timeout_s: its own limit, or None.
+        since: when it was submitted, on the monotonic clock.
+        in_vain: its actor was known to be dead before, so that it did not run.
+    """
 
     ref: Any
     timeout_s: float | None
     since: float
+    in_vain: bool = False
 
 
 class RayCall(CallRef):
@@ -279,13 +364,17 @@ class RayCall(CallRef):
     __slots__ = (
         "_args",
         "_cancelled",
+        "_in_vain",
         "_instance",
         "_kwargs",
         "_method",
+        "_overran",
         "_ref",
         "_since",
         "_timeout_s",
     )
+
+    _moving = threading.Lock()
 
     def __init__(
         self,
@@ -295,8 +384,11 @@ class RayCall(CallRef):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         timeout_s: float | None,
+        in_vain: bool,
     ) -> None:
-        """Wrap a submitted call."""
+        """Wrap a submitted call; ``in_vain`` says that its actor was known to be dead before."""
+        self._in_vain = in_vain
+        self._overran: BaseException | None = None
         self._instance = instance
         self._ref = ref
         self._timeout_s = timeout_s
@@ -312,30 +404,53 @@ class RayCall(CallRef):
         """Send it to the actor that its instance has now; it has not run."""
         assert self._args is not None
         assert self._kwargs is not None
+        self._in_vain = False
         self._ref = self._instance.submitter(self._method)(*self._args, **self._kwargs)
         if self._cancelled:
             self._instance.cancel(self._ref.task_id().hex())
 
     def result(self, timeout_s: float | None = None) -> Any:
         """Wait for the value."""
+        until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        give_up_at: float | None = None
         while True:
             ref = self._ref
+            left_s = None if timeout_s is None else max(0.0, until - time.monotonic())
             try:
-                return ray.get(ref, timeout=timeout_s)
+                return ray.get(ref, timeout=left_s)
             except rays.RayError as error:
                 if self._is_sent_anew(ref, error):
                     continue
-                if self._is_to_be_sent_again(error):
-                    return self._send_again(time.monotonic() + RESTART_S, timeout_s)
-                self._raise(error, timeout_s)
+                if give_up_at is None:
+                    give_up_at = time.monotonic() + RESTART_S
+                if not self._is_to_be_sent_again(error) or time.monotonic() > give_up_at:
+                    self._raise(error, timeout_s, until)
+            # Its instance is between two processes.
+            try:
+                if self._instance.wait_for_restart(min(give_up_at, until)):
+                    self._send_again(ref)
+                elif time.monotonic() >= until:
+                    raise rays.GetTimeoutError
+            except rays.RayError as error:
+                self._raise(error, timeout_s, until)
 
     @property
     def _submitted(self) -> Submitted:
-        return Submitted(self._ref, self._timeout_s, self._since)
+        return Submitted(self._ref, self._timeout_s, self._since, self._in_vain)
 
-    def _raise(self, error: BaseException, timeout_s: float | None) -> NoReturn:
-        found = self._instance.error_of(error, self._submitted, timeout_s)
+    def _raise(self, error: BaseException, timeout_s: float | None, until: float) -> NoReturn:
+        found = self._error_of(error, timeout_s, until)
         raise found from found.__cause__  # keeps the remote traceback, drops Ray's own frames
+
+    def _error_of(
+        self, error: BaseException, timeout_s: float | None = None, until: float = math.inf
+    ) -> BaseException:
+        if self._overran is None:
+            found = self._instance.error_of(error, self._submitted, timeout_s, until)
+            if not (isinstance(found, FunctionTimeoutError) and found.state_lost):
+                return found
+            self._overran = found  # what says so can be read once
+        return copy.copy(self._overran)
 
     def _is_to_be_sent_again(self, error: BaseException) -> bool:
         return self._args is not None and self._instance.handle.named and was_never_sent(error)
@@ -344,19 +459,11 @@ class RayCall(CallRef):
         """Tell whether it failed only on its way to an actor that was moved before it ran."""
         return self._ref is not ref or (self._instance.is_moving(error) and self._ref is not ref)
 
-    def _send_again(self, deadline: float, timeout_s: float | None) -> Any:
-        """Send a call again that found its instance between two processes."""
-        while True:
-            try:
-                self._instance.wait_for_restart()
-                assert self._args is not None
-                assert self._kwargs is not None
+    def _send_again(self, ref: Any) -> None:
+        """Send a call again that found its instance between two processes; once, whoever waits."""
+        with self._moving:
+            if self._ref is ref and self._args is not None and self._kwargs is not None:
                 self._ref = self._instance.submitter(self._method)(*self._args, **self._kwargs)
-                return ray.get(self._ref, timeout=timeout_s)
-            except rays.RayError as error:
-                if not was_never_sent(error) or time.monotonic() > deadline:
-                    self._raise(error, timeout_s)
-                time.sleep(_RETRY_STEP_S)
 
     def future(self) -> Future[Any]:
         """Give a future of the value, its error translated."""
@@ -364,7 +471,7 @@ class RayCall(CallRef):
         self._finish(future)
         return future
 
-    def _finish(self, future: Future[Any]) -> None:
+    def _finish(self, future: Future[Any], give_up_at: float = math.inf) -> None:
         """Have a future told the value or the error, once it is there."""
         ref = self._ref
 
@@ -375,19 +482,36 @@ class RayCall(CallRef):
             else:
                 # Ray calls this on the thread that its replies come on; asking the registry or
                 # sending again from there would wait for itself.
-                self._instance._client.background.submit(self._finish_error, future, ref, error)
+                self._instance._client.background.submit(
+                    self._finish_error, future, ref, error, give_up_at
+                )
 
         ref.future().add_done_callback(finish)
 
-    def _finish_error(self, future: Future[Any], ref: Any, error: BaseException) -> None:
+    def _finish_error(
+        self, future: Future[Any], ref: Any, error: BaseException, give_up_at: float
+    ) -> None:
+        """Go on after an error, holding no thread for as long as anything takes."""
         try:
+            now = time.monotonic()
             if self._is_sent_anew(ref, error):
                 self._finish(future)
-                return
-            if self._is_to_be_sent_again(error):
-                _set(future, self._send_again(time.monotonic() + RESTART_S, None), None)
-                return
-            _set(future, None, self._instance.error_of(error, self._submitted))
+            elif self._is_to_be_sent_again(error) and now < give_up_at:
+                give_up_at = min(give_up_at, now + RESTART_S)
+
+                def go_on(obstacle: BaseException | None) -> None:
+                    try:
+                        if obstacle is not None:
+                            _set(future, None, self._error_of(obstacle))
+                            return
+                        self._send_again(ref)
+                        self._finish(future, give_up_at)
+                    except BaseException as other:
+                        _set(future, None, other)
+
+                self._instance.when_restarted(give_up_at, go_on)
+            else:
+                _set(future, None, self._error_of(error))
         except BaseException as other:
             _set(future, None, other)
 
@@ -398,6 +522,8 @@ class RayCall(CallRef):
     @classmethod
     def finished(cls, calls: Sequence[CallRef]) -> list[bool]:
         """Look at all calls in one request."""
+        if calls and isinstance(calls[0], RayCall) and not calls[0]._instance.is_connected:
+            return [True] * len(calls)  # they ended with their connection
         refs = [call.native for call in calls]
         unique = list(dict.fromkeys(refs))
         ready, _ = ray.wait(unique, num_returns=len(unique), timeout=0, fetch_local=False)
@@ -409,6 +535,12 @@ class RayCall(CallRef):
         self._cancelled = True
         if not self.done():
             self._instance.cancel(self._ref.task_id().hex())
+
+    def withdraw(self) -> None:
+        """Cancel the call if it has not begun."""
+        self._cancelled = True  # one that is sent anew has not
+        if not self.done():
+            self._instance.cancel(self._ref.task_id().hex(), queued_only=True)
 
     @property
     def native(self) -> Any:
@@ -429,7 +561,7 @@ class RayStream(ItemStream):
     """The items of a streaming generator call."""
 
     def __init__(
-        self, instance: RayInstance, send: Callable[[], Any], timeout_s: float | None
+        self, instance: RayInstance, send: Callable[[], Any], timeout_s: float | None, in_vain: bool
     ) -> None:
         """Start it.
 
@@ -437,10 +569,12 @@ class RayStream(ItemStream):
             instance: which runs it.
             send: gives a ``ray.ObjectRefGenerator`` of the actor that the instance has.
             timeout_s: the call's own limit, or None.
+            in_vain: its actor was known to be dead before.
         """
         self._instance = instance
         self._send = send
         self._timeout_s = timeout_s
+        self._in_vain = in_vain
         self._open = True
         self._count = 0
         self.send_anew()
@@ -449,7 +583,8 @@ class RayStream(ItemStream):
         """Send it to the actor that its instance has now; it has not run."""
         self._generator = self._send()
         ref = self._generator._generator_ref
-        self._submitted = Submitted(ref, self._timeout_s, time.monotonic())
+        self._submitted = Submitted(ref, self._timeout_s, time.monotonic(), self._in_vain)
+        self._in_vain = False
         if not self._open:  # closed before it ran
             self._instance.cancel(ref.task_id().hex())
 

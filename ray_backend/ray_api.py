@@ -26,6 +26,7 @@ __all__ = [
     "current_actor_name",
     "free_resources",
     "is_client_mode",
+    "is_known_dead",
     "is_own_cluster",
     "leave_out_serializers",
     "live_jobs",
@@ -176,6 +177,17 @@ def _seat(raw: bytes) -> ActorSeat:
 def _death(cause: Any) -> str:
     died, unschedulable = cause.actor_died_error_context, cause.actor_unschedulable_context
     return str(died.error_message or unschedulable.error_message)
+
+
+def is_known_dead(actor: Any) -> bool:
+    """Tell whether this process has been told that an actor has died for good; asks nobody.
+
+    False where nothing is known: before the first call of a handle, and behind a proxy.
+    """
+    if not isinstance(actor, ray.actor.ActorHandle):
+        return False
+    state: int | None = actor._get_local_state()  # type: ignore[no-untyped-call]
+    return bool(state == _messages.ActorTableData.DEAD)
 
 
 def restart_count(actor_id: str | None) -> int:

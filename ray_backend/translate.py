@@ -57,6 +57,10 @@ def decode_failure(failure: RemoteFailure) -> Exception:
         timeout = FunctionTimeoutError(failure.text)
         timeout.state_lost = failure.state_lost
         return timeout
+    if failure.kind == "refused":
+        refusal = InstanceClosedError(failure.text)
+        refusal.refused = True
+        return refusal
     simple: dict[str, type[ApothicError]] = {
         "cancelled": JobCancelledError,
         "closed": InstanceClosedError,

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest
+from apothic.backend import CallRef, InstanceRef, ItemStream, StartRequest, version_lacks
 from apothic.errors import ConflictError, InstanceClosedError, InstanceLostError, SerializationError
 from apothic.inprocess import FutureCall, IteratorStream, LoopThread
 from apothic.options import ClassOptions
@@ -91,7 +91,7 @@ class FakeInstance(InstanceRef):
         timeout_s: float | None,
     ) -> CallRef:
         call = self._submit(method, args, kwargs, timeout_s)
-        return FutureCall(call.future, partial(call.interrupt, "cancelled"))
+        return _FakeCall(call)
 
     def stream(
         self,
@@ -111,6 +111,8 @@ class FakeInstance(InstanceRef):
         kwargs: dict[str, Any],
         timeout_s: float | None,
     ) -> Call:
+        if all(known.name != method.name for known in self._request.spec.methods):
+            raise version_lacks(self._label, method.name, self._handle.spec_digest)
         packed = _pack(f"{self._label}.{method.name}", args, kwargs)
         limit_s = self._options.timeout_s if timeout_s is None else timeout_s
         call = Call(self._label, method, limit_s, self._engine.watch)
@@ -201,6 +203,19 @@ class FakeInstance(InstanceRef):
                 f"calls in flight may or may not have had effects. retries= tries again."
             )
         )
+
+
+class _FakeCall(FutureCall):
+    """A call that its thread may not have come to yet."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call.future, partial(call.interrupt, "cancelled"))
+        self._call = call
+
+    def withdraw(self) -> None:
+        self._call.withdraw()
 
 
 def _pack(label: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:

@@ -166,7 +166,7 @@ class Process:
             return None
         if self.state == "lost":
             return self.failure
-        return InstanceClosedError(f"{self.label} is closed. Make or name a new instance.")
+        return _refused(f"{self.label} is closed. Make or name a new instance.")
 
     def _admit(self, call: Call, task: asyncio.Task[Any] | None = None) -> bool:
         with self._changed:
@@ -319,7 +319,7 @@ class Process:
             if self.state in ("starting", "ready"):
                 self.state = "closing"
         if not self.ready.wait(DRAIN_S):
-            self.abandon(InstanceClosedError(f"{self.label} was closed while it started."))
+            self.abandon(_refused(f"{self.label} was closed while it started."))
             return CloseReport(
                 closed=True, note="it was still starting; construction was abandoned"
             )
@@ -360,7 +360,8 @@ class Process:
             self.failure = error
             left = list(self._calls)
         for call in left:
-            call.fail(error)
+            waits = self.state == "closed" and not call.begun  # else it is stuck, or lost
+            call.fail(_refused(str(error)) if waits else error)
         self._clean_up(self)
         self.ready.set()
         self._threads.stop(wait=wait)
@@ -446,6 +447,13 @@ def stuck_error(call: Call) -> BaseException:
         f"timeout_s, or make the code interruptible."
     )
     error.state_lost = True
+    return error
+
+
+def _refused(text: str) -> InstanceClosedError:
+    """Give the error of a call that did not run, since its instance was closed before."""
+    error = InstanceClosedError(text)
+    error.refused = True
     return error
 
 

@@ -126,6 +126,14 @@ class Call:
         if reason != "closed":  # an instance that closes anyway is not replaced
             self._watch.after(GRACE_S, self, self._check_stuck)
 
+    def withdraw(self) -> None:
+        """Stop the call if it has not begun."""
+        with self._lock:
+            if self.begun or self.interrupted is not None:
+                return
+            self.interrupted = "cancelled"
+        self.fail(JobCancelledError(f"{self.label} was cancelled."))
+
     def abandon(self, error: BaseException) -> None:
         """Give the error at once, and stop the code that may still run."""
         self.fail(error)

@@ -135,8 +135,8 @@ class _Shell:
     def apothic_stop(self, drain_s: float, hooks_s: float) -> dict[str, Any]:
         return self.apothic_host.stop(drain_s, hooks_s)
 
-    def apothic_cancel(self, task_id: str) -> None:
-        self.apothic_host.cancel(task_id)
+    def apothic_cancel(self, task_id: str, queued_only: bool = False) -> None:
+        self.apothic_host.cancel(task_id, queued_only)
 
     def apothic_confirm(self, task_id: str, count: int) -> None:
         self.apothic_host.confirm(task_id, count)
@@ -157,8 +157,8 @@ class _AsyncShell(_Shell):
     async def apothic_stop(self, drain_s: float, hooks_s: float) -> dict[str, Any]:  # type: ignore[override]
         return await asyncio.to_thread(self.apothic_host.stop, drain_s, hooks_s)
 
-    async def apothic_cancel(self, task_id: str) -> None:  # type: ignore[override]
-        self.apothic_host.cancel(task_id)
+    async def apothic_cancel(self, task_id: str, queued_only: bool = False) -> None:  # type: ignore[override]
+        self.apothic_host.cancel(task_id, queued_only)
 
     async def apothic_confirm(self, task_id: str, count: int) -> None:  # type: ignore[override]
         self.apothic_host.confirm(task_id, count)

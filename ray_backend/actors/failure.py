@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 __all__ = ["Kind", "RemoteFailure", "capture", "decode_user_error", "format_error"]
 
-Kind = Literal["user", "start", "timeout", "cancelled", "closed", "lost", "unpicklable"]
+Kind = Literal["user", "start", "timeout", "cancelled", "refused", "closed", "lost", "unpicklable"]
 
 # Raised again in the caller these would end its process or its loop, so they arrive as RemoteError.
 _CONTROL_FLOW = (

@@ -180,7 +180,10 @@ class InstanceHost:
             raise self._closed_failure()
 
     def _closed_failure(self) -> RemoteFailure:
-        return RemoteFailure("closed", f"{self.plan.label} is closed. Make or name a new instance.")
+        """Refuse a call that did not begin; "closed" is of one that ran and was interrupted."""
+        return RemoteFailure(
+            "refused", f"{self.plan.label} is closed. Make or name a new instance."
+        )
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -379,9 +382,9 @@ class InstanceHost:
             "spec_digest": self.plan.spec_digest,
         }
 
-    def cancel(self, task_id: str) -> None:
+    def cancel(self, task_id: str, queued_only: bool = False) -> None:
         """Interrupt a running call, or see to it that a queued one does not run."""
-        self._book.cancel(task_id)
+        self._book.cancel(task_id, queued_only)
 
     def confirm(self, task_id: str, count: int) -> None:
         """Take note that a stream's consumer has ``count`` more items."""

@@ -172,12 +172,18 @@ class CallBook:
         """How many calls are in user code."""
         return len(self._calls)
 
-    def cancel(self, task_id: str) -> None:
-        """Interrupt a running call, or see to it that a queued one does not run."""
+    def cancel(self, task_id: str, queued_only: bool = False) -> None:
+        """Interrupt a running call, or see to it that a queued one does not run.
+
+        Args:
+            task_id: the call's.
+            queued_only: leave one that runs alone; to stop native code would take its process.
+        """
         with self._condition:
             for call in self._calls:
                 if _hex(call.task_id) == task_id:
-                    self._interrupt(call, "cancelled")
+                    if not queued_only:
+                        self._interrupt(call, "cancelled")
                     return
             self._cancelled.add(task_id)
 

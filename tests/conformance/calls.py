@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import pickle
 import threading
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,10 +15,7 @@ from typing import Any
 
 import pytest
 
-from apothic import (
-    Cls,
-    Job,
-)
+from apothic import ClassInstance, Cls, Job, pools
 from apothic.errors import (
     ArgumentError,
     FunctionTimeoutError,
@@ -34,12 +35,19 @@ from tests.conformance.subjects import (
     EagerAsync,
     Flaky,
     Narrow,
+    NarrowFlaky,
     Pair,
+    Pool,
     Threaded,
     ThreadedAsync,
     lines,
 )
 from tests.support import eventually
+
+
+def gone(kept: weakref.ref[Any]) -> bool:
+    gc.collect()
+    return kept() is None
 
 
 class Calls(Conformance):
@@ -232,6 +240,56 @@ class Calls(Conformance):
                 job.get()
             assert box.add.remote() == 1
 
+    def test_all_objects_of_an_instance_share_its_limit(self, name: str, tmp_path: Path) -> None:
+        gate = tmp_path / "gate"
+        with Narrow.named(name) as box:
+            again: list[Callable[[], ClassInstance]] = [
+                lambda: Narrow.named(name),
+                lambda: Narrow.attach(box.handle),
+                lambda: Cls.from_handle(box.handle_json),
+                lambda: pickle.loads(pickle.dumps(box)),
+            ]
+            for reach in again[:3]:
+                reach().hold.spawn(str(gate))  # neither object nor job is kept
+            gc.collect()
+            for reach in again:
+                with pytest.raises(PendingTasksExceededError, match="max_pending_tasks=3"):
+                    reach().add.spawn()
+            gate.touch()
+            assert box.add.map([1] * 5) == [1, 2, 3, 4, 5]
+
+    def test_all_objects_of_a_binding_share_its_pool(
+        self, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pools, "IDLE_S", 0.001)
+        gate = tmp_path / "gate"
+        idle = Pool.bind(0, str(log))
+        jobs = [Pool.bind(0, str(log)).hold.spawn(str(gate)) for _ in range(2)]
+        eventually(lambda: lines(log).count("hold") == 2)  # so there are two containers
+        shared = idle._target.pool
+        second = Pool.attach(shared.replicas[1].ref.handle)
+        shared.scale_down()
+        assert "exit" not in lines(log)
+        gate.touch()
+        assert len({job.get() for job in jobs}) == 2
+        shared.scale_down()
+        assert second.add.remote() == 1  # it is idle, but somebody has it
+        assert "exit" not in lines(log)
+        del second
+        gc.collect()
+        eventually(lambda: lines(log).count("exit") == 1)
+        idle.close()
+
+    def test_nothing_is_kept_of_an_instance_that_nobody_has(self, name: str) -> None:
+        def use(box: ClassInstance) -> weakref.ref[Any]:
+            box.add.spawn()
+            pool = weakref.ref(box._target.pool)
+            box.close()
+            return pool
+
+        for pool in (use(Box.named(name)), use(Box.bind())):
+            eventually(partial(gone, pool))
+
     # -- retries -------------------------------------------------------------------------------
 
     def test_retries(self, log: Path) -> None:
@@ -250,6 +308,32 @@ class Calls(Conformance):
             with pytest.raises(RemoteError):
                 flaky.gives_up.remote()
             assert len(lines(log)) == 3
+
+    @pytest.mark.parametrize("verb", ["remote", "spawn", "remote_gen"])
+    def test_a_call_keeps_its_slot_between_its_attempts(
+        self, log: Path, tmp_path: Path, verb: str
+    ) -> None:
+        gate = tmp_path / "gate"
+        with NarrowFlaky.new(str(log)) as box, ThreadPoolExecutor(1) as threads:
+            call: dict[str, Callable[[], int]] = {
+                "remote": lambda: box.good_at.remote(3),
+                "spawn": lambda: box.good_at.spawn(3).get(),
+                "remote_gen": lambda: 2 + sum(box.early.remote_gen()),
+            }
+            fails = threads.submit(call[verb])
+            eventually(lambda: lines(log) == ["try"])
+            holds = box.hold.spawn(str(gate))
+            eventually(lambda: lines(log) == ["try", "try"])  # so the first has ended
+            with pytest.raises(PendingTasksExceededError):
+                box.hold.spawn(str(gate))
+            gate.touch()
+            assert fails.result() == 3
+            assert holds.get() == 2
+            assert box.good_at.remote(1) == 1
+
+    def test_map_of_calls_that_are_retried(self, log: Path) -> None:
+        with NarrowFlaky.new(str(log)) as box:
+            assert box.fresh.map(range(6)) == list(range(6))
 
     def test_a_call_that_ran_out_of_time_never_runs_again(self, log: Path) -> None:
         with Flaky.new(str(log)) as flaky:

@@ -22,7 +22,16 @@ from apothic.errors import (
 )
 from tests.conformance.exceptions import ENDS, FAILURES, HOWS, STAND_INS, OddError
 from tests.conformance.raising import FAILS_TO_STOP, Raises, RaisesAsync
-from tests.conformance.subjects import AsyncBox, Box, Conformance, Hasty, HastyAsync, Hooked, lines
+from tests.conformance.subjects import (
+    AsyncBox,
+    Box,
+    Conformance,
+    Hasty,
+    HastyAsync,
+    Hooked,
+    Wide,
+    lines,
+)
 from tests.support import eventually
 
 
@@ -216,6 +225,26 @@ class Failures(Conformance):
             assert done.get() == 2
             done.cancel()
             assert done.get() == 2
+
+    def test_a_map_that_fails_lets_running_calls_end(self, log: Path, tmp_path: Path) -> None:
+        stuck, gate = tmp_path / "stuck", tmp_path / "gate"
+        with Wide.new(1, str(log)) as box:
+            who = box.who.remote()
+            steps = [("fail", stuck), ("stuck", stuck), *[("hold", gate)] * 10]
+            with pytest.raises(OddError):
+                box.step.starmap((what, str(path)) for what, path in steps)
+
+            def in_flight() -> int:
+                box._target.pool.scale_down()  # which looks at each
+                return box._target.in_flight
+
+            # The stuck one, and that which began when the first had failed.
+            eventually(lambda: in_flight() <= 2)
+            gate.touch()
+            eventually(lambda: in_flight() == 0)
+            assert lines(log).count("hold") == 1
+            assert box.who.remote() == who
+            assert box.inspect().restarts == 0
 
     def test_cancelling_the_task_that_awaits(self, log: Path) -> None:
         async def scenario() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from apothic import (
     Secret,
     Volume,
 )
+from apothic.backend import InstanceRef, StartRequest, connect
 from apothic.errors import (
     ArgumentError,
     ConflictError,
@@ -31,6 +33,7 @@ from tests.conformance.subjects import (
     Conformance,
     Hooked,
     KeepsFiles,
+    Pool,
     ReadsEnvironment,
     lines,
 )
@@ -62,6 +65,18 @@ class Life(Conformance):
         for use in (box.add.remote, lambda: box.add.spawn().get(), lambda: list(box.count(1))):
             with pytest.raises(InstanceClosedError, match="closed"):
                 use()
+
+    def test_closing_one_object_of_a_binding(self, log: Path) -> None:
+        one, same = Box.bind(0, str(log)), Box.bind(0, str(log))
+        assert one.add.remote() == 1
+        assert same.add.remote() == 2
+        assert one.close().closed
+        assert (one.closed, same.closed) == (True, False)
+        with pytest.raises(InstanceClosedError, match="this process closed it"):
+            one.add.remote()
+        assert same.add.remote() == 1  # another instance
+        same.close()
+        assert lines(log) == ["init", "enter", "exit"] * 2
 
     def test_never_started(self) -> None:
         box = Box.bind(uuid.uuid4().int)
@@ -147,6 +162,7 @@ class Life(Conformance):
                 assert [await job for job in await box.add.aio.spawn_map([1, 1])] == [10, 11]
                 assert [item async for item in box.count.aio.remote_gen(3)] == [0, 1, 2]
                 assert [item async for item in box.count.remote_gen(3)] == [0, 1, 2]
+                assert [item async for item in box.count.aio(3)] == [0, 1, 2]
                 assert (await box.aio.inspect()).state == "ready"
                 for how, expected in (("odd", OddError), ("exit", RemoteError)):
                     with pytest.raises(expected):
@@ -170,6 +186,27 @@ class Life(Conformance):
             async with await AsyncBox.aio.local() as local:
                 assert await local.double(4) == 8
 
+        asyncio.run(scenario())
+
+    def test_no_container_is_opened_on_the_event_loop(
+        self, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client, opened_on = connect(), list[int]()
+        start, gate = client.start, tmp_path / "gate"
+
+        def start_and_note(request: StartRequest) -> InstanceRef:
+            opened_on.append(threading.get_ident())
+            return start(request)
+
+        async def scenario() -> None:
+            async with Pool.bind(0, str(log)) as pool:
+                jobs = [await pool.hold.aio.spawn(str(gate)) for _ in range(2)]
+                gate.touch()
+                assert len({await job for job in jobs}) == 2
+            assert threading.get_ident() not in opened_on
+            assert len(opened_on) == 2
+
+        monkeypatch.setattr(client, "start", start_and_note)
         asyncio.run(scenario())
 
     def test_calls_that_overlap_in_one_loop(self) -> None:

@@ -29,6 +29,7 @@ from apothic import (
     exit,
     method,
 )
+from apothic.errors import InstanceClosedError
 from tests.conformance.exceptions import Trap, fail
 
 SMALL: dict[str, Any] = {"cpu": 0, "memory_mb": 10}
@@ -115,6 +116,14 @@ class Box:
     def fail_midway(self, how: str) -> Iterator[int]:
         yield 1
         fail(how)
+
+    @method()
+    def let_through(self) -> None:
+        """Fail with what a call of another instance would."""
+        note(self.log, "let-through")
+        error = InstanceClosedError("another one is closed.")
+        error.refused = True
+        raise error
 
     @method()
     def echo(self, *args: Any, **kwargs: Any) -> Any:
@@ -399,6 +408,21 @@ class Hasty(Box):
         ctypes.CDLL(None).sleep(seconds)  # no Python code in which it could be interrupted
 
 
+@app.cls(**SMALL, concurrent_requests=2, max_pending_tasks=20)
+class Wide(Hasty):
+    @method()
+    def step(self, what: str, path: str) -> None:
+        """Sleep in native code, hold on, or fail once another step is in native code."""
+        if what == "stuck":
+            note(path, "stuck")
+            self.stuck(4)
+        elif what == "hold":
+            self.hold(path)
+        else:
+            wait_for(path)
+            fail("odd")
+
+
 @app.cls(**SMALL, timeout_s=1)
 class HastyAsync(AsyncBox):
     pass
@@ -465,6 +489,27 @@ def waits_for_consumer() -> bool:
     return False
 
 
+@app.cls(**SMALL, retries=Retries(2, initial_delay=0.01))
+class RetriedBox(Box):
+    pass
+
+
+@app.cls(**SMALL, max_pending_tasks=2, retries=Retries(2, initial_delay=0.5))
+class NarrowFlaky(Flaky):
+    """Has room for two calls; an item of `fresh` fails once."""
+
+    def __init__(self, log: str) -> None:
+        super().__init__(log)
+        self.seen: set[int] = set()
+
+    @method()
+    def fresh(self, item: int) -> int:
+        if item not in self.seen:
+            self.seen.add(item)
+            fail("odd")
+        return item
+
+
 class ReadsEnvironment:
     def __init__(self, key: str) -> None:
         self.key = key
@@ -505,6 +550,9 @@ class Conformance:
     @pytest.fixture(autouse=True)
     def _in_place(self, engine: object) -> None:
         """Have the engine of the inheriting class in place for every test."""
+
+    def hasten_closing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have running calls get less time when their instance is closed, where that can be set."""
 
     @pytest.fixture
     def log(self, tmp_path: Path) -> Path:

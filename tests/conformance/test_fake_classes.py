@@ -13,7 +13,7 @@ import pytest
 
 from apothic import ClassInstance
 from apothic.backend import connect
-from apothic.testing import FakeControlPlane, fake_engine
+from apothic.testing import FakeControlPlane, fake_engine, process
 from tests.conformance.calls import Calls
 from tests.conformance.failures import Failures
 from tests.conformance.life import Life
@@ -24,6 +24,9 @@ from tests.support import eventually
 
 
 class TestFakeClasses(Verbs, Calls, Failures, Life, Losses, Refusals):
+    def hasten_closing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(process, "DRAIN_S", 0.3)
+
     def kill(self, instance: ClassInstance) -> None:
         engine = connect()
         assert isinstance(engine, FakeControlPlane)

@@ -9,6 +9,7 @@ import pytest
 
 from apothic import ClassInstance
 from apothic.backend import ControlPlaneClient, connect
+from ray_backend import ray_api
 from tests.conformance.calls import Calls
 from tests.conformance.failures import Failures
 from tests.conformance.life import Life
@@ -26,6 +27,9 @@ class TestRayClasses(Verbs, Calls, Failures, Life, Losses, Refusals):
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: process_is_gone(pid))
+
+    def closing_is_known(self, instance: ClassInstance) -> None:
+        eventually(lambda: ray_api.is_known_dead(instance.actor))
 
     @pytest.fixture
     def engine(self, ray_cluster: str) -> ControlPlaneClient:

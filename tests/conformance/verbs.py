@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from apothic.errors import (
     HandleError,
     InstanceNotFoundError,
     InvalidOptionError,
+    MethodNotFoundError,
     UsageError,
 )
 from tests.conformance.subjects import (
@@ -264,6 +266,28 @@ class Verbs(Conformance):
         new.deploy(close_outdated=True)
         eventually(lambda: lines(log)[-1] == "exit")
         assert not old_cls.close_named(name).closed
+
+    def test_a_method_that_a_running_version_lacks(self, name: str) -> None:
+        app_name = f"versions-{uuid.uuid4().hex}"
+        old = App(app_name).cls(**SMALL, name="It")(Plain.local_cls).named(name)
+        new_cls = App(app_name).cls(**SMALL, name="It")(Box.local_cls)
+        new = new_cls.named(name)
+        uses: list[Callable[[], object]] = [
+            new.add.remote,
+            new.add.spawn,
+            lambda: new.add.map([1]),
+            lambda: asyncio.run(new.add.aio.remote()),
+            lambda: new.count.remote_gen(1),
+        ]
+        for use in uses:
+            with pytest.raises(
+                MethodNotFoundError, match=r"runs version \w+ .*close_outdated=True"
+            ):
+                use()
+        assert old.one.remote() == 1
+        assert new.close().closed
+        with new_cls.named(name) as newer:
+            assert newer.add.remote() == 1
 
     # -- looking -------------------------------------------------------------------------------
 

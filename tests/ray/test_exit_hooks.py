@@ -132,7 +132,7 @@ def test_redeploy_with_closing(ray_cluster: str, tmp_path: Path, log: Path) -> N
 
 def test_idle_scale_down(ray_cluster: str, tmp_path: Path, log: Path) -> None:
     body = (
-        "import apothic.targets; apothic.targets.IDLE_S = 0.5\n"
+        "import apothic.pools; apothic.pools.IDLE_S = 0.5\n"
         "inst = Logged.bind(LOG)\n"
         "jobs = [inst.sleep.spawn(0.3) for _ in range(2)]\n"
         "[job.get() for job in jobs]\n"

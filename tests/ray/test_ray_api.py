@@ -50,6 +50,16 @@ class Plain:
         return str(ray_api.session_directory())
 
 
+def test_a_dead_actor_is_known_to_be_dead_before_the_next_call(ray_cluster: str) -> None:
+    actor = Plain.remote()
+    ray.get(actor.task_id.remote())
+    assert not ray_api.is_known_dead(actor)
+    ray.kill(actor)
+    eventually(lambda: ray_api.is_known_dead(actor))
+    with pytest.raises(rays.ActorDiedError):
+        ray.get(actor.task_id.remote())
+
+
 def test_a_killed_driver_is_no_live_job(ray_cluster: str, tmp_path: Path) -> None:
     body = (
         "import ray; app.client; print('JOB', ray.get_runtime_context().get_job_id(), flush=True)"
