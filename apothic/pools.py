@@ -49,11 +49,11 @@ class Replica:
 
     def __init__(self, ref: InstanceRef) -> None:
         """Take a container over that nothing was sent to yet."""
-        self.ref = ref
-        self.running = 0
+        self.ref: InstanceRef = ref
+        self.running: int = 0
         self.tracked: dict[CallRef, None] = {}
-        self.prune_at = _PRUNE_SLACK
-        self.idle_since = time.monotonic()
+        self.prune_at: int = _PRUNE_SLACK
+        self.idle_since: float = time.monotonic()
         self.users: weakref.WeakSet[Pool] = weakref.WeakSet()
 
     @property
@@ -86,7 +86,7 @@ class PoolSlot:
 
     def __init__(self, pool: Pool, check: Callable[[], None]) -> None:
         """Stand at no replica yet, counted by the pool; ``check`` refuses further attempts."""
-        self.pool = pool
+        self.pool: Pool = pool
         self._check = check
         self._replica: Replica | None = None
         self._left = False
@@ -166,8 +166,6 @@ class Pool:
         self.replaceable: bool = replaceable
         self._client = client
         self._replicas: dict[int, Replica] = {}
-        self._unclosed: list[Replica] = []  # what `close` failed to close
-        self._reports: list[CloseReport] = []  # of what it closed then
         self._opening = threading.RLock()
         self.resting: int = 0  # calls that are admitted and at no replica
 
@@ -310,41 +308,13 @@ class Pool:
             self._replicas = {i: each for i, each in self._replicas.items() if each is not replica}
             replica.users.discard(self)
 
-    def close(self) -> CloseReport:
-        """Stop every replica, for whoever uses it; the report joins theirs.
-
-        Where one could not be stopped the next call tries again.
-
-        Raises:
-            ApothicError: the first failure; the others were stopped.
-        """
+    def take_all(self) -> list[Replica]:
+        """Give every replica to whoever closes them; others take their place, where that can be."""
         with self._opening:  # one that is being opened is closed as well
-            replicas = list(dict.fromkeys([*self._unclosed, *self.replicas]))
-            self._unclosed = []
+            replicas = self.replicas
             for replica in replicas:
                 _drop_everywhere(replica)
-        failures: list[Exception] = []
-        try:
-            while replicas:
-                try:
-                    self._reports.append(replicas[0].ref.close())
-                except Exception as error:
-                    failures.append(error)
-                    self._unclosed.append(replicas[0])
-                del replicas[0]
-        finally:
-            self._unclosed += replicas  # an interrupted one keeps the rest
-        if failures:
-            raise failures[0]
-        reports, self._reports = self._reports, []
-        if len(reports) == 1:
-            return reports[0]
-        return CloseReport(
-            closed=any(report.closed for report in reports),
-            hooks=tuple(itertools.chain.from_iterable(report.hooks for report in reports)),
-            interrupted_calls=sum(report.interrupted_calls for report in reports),
-            note=None if reports else "it was never started",
-        )
+            return replicas
 
     def scale_down(self) -> None:
         """Give up extra replicas that have stood idle long enough, and that no other object uses."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -47,8 +48,9 @@ class Target:
         self._find_pool = find_pool
         self._pool = None
         self._lock = threading.Lock()
+        self._left: list[Replica] = []  # what `close` has yet to close
+        self._reports: list[CloseReport] = []  # of what it has closed
         self.label: str = label
-        self._is_half_closed = False  # `close` failed
         self.closed: bool = False
 
     # -- calls ---------------------------------------------------------------------------------
@@ -164,14 +166,34 @@ class Target:
             ApothicError: a replica could not be stopped; the others were, as far as that went.
         """
         with self._lock:
-            if self.closed and not self._is_half_closed:
+            if self.closed and not self._left:
                 return CloseReport(closed=False, note="it was closed before")
-            self.closed = self._is_half_closed = True
-        report = CloseReport(closed=False, note="it was never started")
-        if self._pool is not None:
-            report = self._pool.close()
-        self._is_half_closed = False
-        return report
+            first, self.closed = not self.closed, True
+            if first and self._pool is not None:
+                self._left = self._pool.take_all()
+            replicas, self._left = self._left, []
+        failures: list[Exception] = []
+        try:
+            while replicas:
+                try:
+                    self._reports.append(replicas[0].ref.close())
+                except Exception as error:
+                    failures.append(error)
+                    self._left.append(replicas[0])
+                del replicas[0]
+        finally:
+            self._left += replicas  # an interrupted one keeps the rest
+        if failures:
+            raise failures[0]
+        reports, self._reports = self._reports, []
+        if len(reports) == 1:
+            return reports[0]
+        return CloseReport(
+            closed=any(report.closed for report in reports),
+            hooks=tuple(itertools.chain.from_iterable(report.hooks for report in reports)),
+            interrupted_calls=sum(report.interrupted_calls for report in reports),
+            note=None if reports else "it was never started",
+        )
 
     # -- inside --------------------------------------------------------------------------------
 

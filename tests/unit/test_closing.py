@@ -128,3 +128,23 @@ def test_replicas_that_fail_to_close_are_closed_by_the_next_try(
     assert engine.list_instances() == []
     assert [tries.count(each) for each in dict.fromkeys(tries)] == [2, 2, 1]
     assert pool.close() == CloseReport(closed=False, note="it was closed before")
+
+
+def test_the_next_try_leaves_alone_what_others_have_opened_since(
+    engine: FakeControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: FakeInstance) -> CloseReport:
+        raise BackendError("the cluster does not answer.")
+
+    first, other = Pooled.bind(), Pooled.bind()
+    handle = first.handle
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeInstance, "close", fail)
+        with pytest.raises(BackendError):
+            first.close()
+    engine.kill(handle)
+    other.wait.remote("/")  # another instance, of the same name
+    first.close()
+    assert [info.state for info in engine.list_instances()] == ["ready"]
+    assert other.close().closed
+    assert engine.list_instances() == []
