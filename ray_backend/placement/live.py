@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from apothic.constraints import PlacementConstraints
 from apothic.errors import NoMatchingOfferError
 from apothic.options import MountSpec
 from ray_backend.placement.criterion import figure
-from ray_backend.placement.demand import Choice, Plan, plan
+from ray_backend.placement.demand import NODE_ID_LABEL, Choice, Plan, plan
 from ray_backend.placement.offers import Offer, group_nodes
 from ray_backend.placement.table import table
 
@@ -103,6 +103,18 @@ class Placement:
                 plan = replace(self.plan, choices=(choice, *others))
                 return replace(self, plan=plan, chosen=node_id)
         return self
+
+    def avoiding(self, node_ids: Iterable[str]) -> Placement:
+        """Keep away from nodes that the plan leaves out, which a demand alone could reach."""
+        ids = sorted(node_ids)
+        selector = {NODE_ID_LABEL: f"!in({','.join(ids)})" if len(ids) > 1 else f"!{ids[0]}"}
+        choices = tuple(
+            choice
+            if choice.demand.label_selector  # names nodes that it may take
+            else replace(choice, demand=replace(choice.demand, label_selector=selector))
+            for choice in self.plan.choices
+        )
+        return replace(self, plan=replace(self.plan, choices=choices))
 
     def is_worth_leaving_for(self, found: Placement) -> bool:
         """Tell whether what queues with this placement had better ask for ``found``, made just now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,15 +80,21 @@ class Sandboxes:
         return self.client.view()
 
     def place(self, view: ClusterView, options: ClassOptions) -> Placement:
-        """Decide where a session goes: where it can be, not where no Docker engine was found."""
+        """Decide where a session goes: where no Docker engine was found only if nowhere else."""
         dry = self.registry.nodes_without_engine()
-        wet = [node for node in view.nodes if node["NodeID"] not in dry]
-        if len(wet) < len(view.nodes):
-            with contextlib.suppress(NoMatchingOfferError):
-                # A demand alone would reach the others, too.
-                found = place_with_volumes(self.registry, replace(view, nodes=wet), options)
-                return found.with_a_node()
-        return place_with_volumes(self.registry, view, options)
+        found = self._elsewhere(view, options, dry) if dry else None
+        return found or place_with_volumes(self.registry, view, options)
+
+    def _elsewhere(
+        self, view: ClusterView, options: ClassOptions, dry: set[str]
+    ) -> Placement | None:
+        """Decide where a session goes other than to some nodes; None where it can go nowhere else."""
+        others = [node for node in view.nodes if node["NodeID"] not in dry]
+        with contextlib.suppress(NoMatchingOfferError):
+            return place_with_volumes(self.registry, replace(view, nodes=others), options).avoiding(
+                dry
+            )
+        return None
 
     def seat(self, actor_id: str) -> ActorSeat | None:
         """Tell where an actor is, or what it waits for."""
@@ -137,14 +144,7 @@ class Sandboxes:
             placement = self.place(self.view(), ClassOptions.model_validate(plan.spec.options))
             return self._make(plan, placement.on_node(node_id).with_a_node())
 
-        launched = take_over(
-            self.client.manager, session.name, session.actor_id, make, has_room=True
-        )
-        if launched is not None:
-            mine = session.placement is not None
-            session.go_to(launched.actor, launched.placement if mine else None)
-        else:
-            time.sleep(_RETRY_STEP_S)
+        self._hand_over(session, make)
 
     def go_elsewhere(self, session: RaySandbox, unsettled: Unsettled) -> None:
         """Make a session again on another node than one that has no Docker engine.
@@ -155,14 +155,19 @@ class Sandboxes:
         plan, node_id, reason = unsettled
 
         def make() -> Launched:
-            placement = self.place(self.view(), ClassOptions.model_validate(plan.spec.options))
-            if placement.node_id == node_id or placement.is_free:
+            placement = self._elsewhere(
+                self.view(), ClassOptions.model_validate(plan.spec.options), {node_id}
+            )
+            if placement is None:
                 raise SandboxStartError(
                     f"{session.label} could not be opened: {reason} (No other node of the cluster "
                     f"can take it.)"
                 )
             return self._make(plan, placement)
 
+        self._hand_over(session, make)
+
+    def _hand_over(self, session: RaySandbox, make: Callable[[], Launched]) -> None:
         launched = take_over(
             self.client.manager, session.name, session.actor_id, make, has_room=True
         )
