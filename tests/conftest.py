@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,10 @@ os.environ.setdefault("RAY_USE_UVLOOP", "0")
 
 # The suites are no test modules themselves; their assertions are to tell as much.
 pytest.register_assert_rewrite("tests.conformance")
+
+# Where these tests are started in the background of a script, Ctrl-C is ignored, here and in all that
+# they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
