@@ -401,6 +401,8 @@ class Sandboxes:
             lifetime="detached",
             max_restarts=-1 if plan.named else 0,
             max_task_retries=0,
+            # One event an exec would push what else the dashboard knows out of it, and costs time.
+            enable_task_events=False,
             max_concurrency=CONCURRENT_VERBS,
         )
         if self.is_proxy:
