@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from apothic.backend import ControlPlaneClient, SandboxRef, SandboxRequest, connect
 from apothic.digests import digest_of
@@ -25,7 +25,7 @@ from apothic.options import ClassOptions
 from apothic.sandbox_values import LOCAL_CLUSTER, SandboxHandle, SandboxInfo, SandboxSpec
 from apothic.session import METHOD_NAMES, SandboxSession
 from apothic.session_arguments import env_bytes
-from apothic.twins import Twin, twin
+from apothic.twins import Twin, Twins, class_twin, twin
 from apothic.values import CloseReport, Network
 
 __all__ = ["Sandbox", "SandboxAio", "session_from_handle"]
@@ -66,6 +66,12 @@ class Sandbox:
         self._deployment_id = deployment_id
         self._blobs: dict[str, bytes] = {}
         self._lock = threading.Lock()
+
+    aio: ClassVar[Twins[Sandbox, SandboxClassAio, SandboxAio]] = Twins(
+        lambda: SandboxClassAio(), lambda sandbox: SandboxAio(sandbox)
+    )
+
+    # -- look-up -------------------------------------------------------------------------------
 
     @staticmethod
     def from_name(
@@ -140,11 +146,6 @@ class Sandbox:
     def label(self) -> str:
         """App and name, for messages."""
         return f"{self._app_name}.{self._name}" if self._app_name else self._name
-
-    @property
-    def aio(self) -> SandboxAio:
-        """The async twins of the verbs."""
-        return SandboxAio(self)
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -402,7 +403,15 @@ class Sandbox:
         return client.attach_sandbox(parsed)
 
 
-class SandboxAio(Twin[Sandbox]):
+class SandboxClassAio:
+    """Async twin of the look-up, which needs no sandbox: `Sandbox.aio`."""
+
+    __slots__ = ()
+
+    from_name: Final = class_twin(Sandbox.from_name)
+
+
+class SandboxAio(Twin[Sandbox], SandboxClassAio):
     """Async twins of `Sandbox`."""
 
     __slots__ = ()

@@ -28,8 +28,6 @@ NEVER_WAIT: Final = {
     "Volume": {"cloud", "vast_local"},
 }
 SEAM: Final = {"ControlPlaneClient"}
-OPEN: Final = {("Sandbox", "from_name")}
-"""Twins that are still to be written."""
 
 
 def _is_value(cls: type[Any]) -> bool:
@@ -48,11 +46,7 @@ def _verbs() -> list[tuple[type[Any], str]]:
                 continue
             if isinstance(static, (staticmethod, classmethod)) or inspect.isfunction(static):
                 found.append((cls, verb))
-    return [
-        (cls, verb)
-        for cls, verb in found
-        if verb not in NEVER_WAIT.get(cls.__name__, ()) and (cls.__name__, verb) not in OPEN
-    ]
+    return [(cls, verb) for cls, verb in found if verb not in NEVER_WAIT.get(cls.__name__, ())]
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
@@ -90,6 +84,7 @@ def test_bound_twins_show_their_parameters() -> None:
 
 
 app = App("twins")
+app.sandbox(name="shell")
 
 
 @app.cls(cpu=0, memory_mb=10)
@@ -113,6 +108,8 @@ def test_look_ups() -> None:
             assert isinstance(await lookup("twins", client=engine), RemoteApp)
         with pytest.raises(AppNotFoundError):
             await App.aio.lookup("nobody")
+        assert (await Sandbox.aio.from_name("twins", "shell", client=engine)).name == "shell"
+        assert (await app.get_sandbox("shell").aio.from_name("twins", "shell")).name == "shell"
 
     with fake_engine() as engine:
         asyncio.run(scenario(engine))
