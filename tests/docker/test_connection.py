@@ -87,7 +87,7 @@ def test_refused():
             )
         finally:
             path.unlink()
-    assert "SandboxEngineError user nobody may not use" in done.stdout
+    assert "NoEngineError user nobody may not use" in done.stdout
     assert "usermod -aG docker nobody" in done.stdout
 
 

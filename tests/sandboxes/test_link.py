@@ -108,7 +108,7 @@ def test_a_named_session_whose_process_died_goes_on_over_the_engines_streams(
         container.stream.abort()
 
     first._loop.run(die())
-    plan = first._plan
+    plan = first.plan
     second = DirectRef(engine, plan, named=True)
     second.host = SandboxHost(plan, engine.around(plan), was_ready=True)
     engine.opened.append(second)
