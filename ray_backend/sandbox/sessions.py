@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +146,15 @@ class Sandboxes:
 
         self._hand_over(session, make)
 
-    def go_elsewhere(self, session: RaySandbox, unsettled: Unsettled) -> None:
-        """Make a session again on another node than one that has no Docker engine.
+    def go_elsewhere(
+        self, session: RaySandbox, unsettled: Unsettled, tried: Collection[str]
+    ) -> None:
+        """Make a session again on another node than those that have no Docker engine.
+
+        Args:
+            session: the one.
+            unsettled: from the node that it came to last.
+            tried: the nodes that it came to before; none is tried twice.
 
         Raises:
             SandboxStartError: there is no other; then it is gone.
@@ -155,10 +162,10 @@ class Sandboxes:
         plan, node_id, reason = unsettled
 
         def make() -> Launched:
-            placement = self._elsewhere(
-                self.view(), ClassOptions.model_validate(plan.spec.options), {node_id}
-            )
-            if placement is None:
+            options = ClassOptions.model_validate(plan.spec.options)
+            dry = {node_id, *tried, *self.registry.nodes_without_engine()}
+            placement = self._elsewhere(self.view(), options, dry)
+            if placement is None or node_id in tried:
                 raise SandboxStartError(
                     f"{session.label} could not be opened: {reason} (No other node of the cluster "
                     f"can take it.)"
@@ -278,13 +285,8 @@ class Sandboxes:
                 if unsettled.no_engine is None:
                     self.settle(session, unsettled)
                     continue
-                if unsettled.node_id in dry:
-                    self._give_up(session)
-                    raise SandboxStartError(
-                        f"{session.label} could not be opened: {unsettled.no_engine}"
-                    )
+                self.go_elsewhere(session, unsettled, dry)
                 dry.add(unsettled.node_id)
-                self.go_elsewhere(session, unsettled)
                 continue
             except MovedError:
                 continue

@@ -290,16 +290,18 @@ def test_a_node_without_an_engine_is_passed_over(nodes: Nodes, sandbox: Define) 
     nowhere = {"DOCKER_HOST": "unix:///none/docker.sock"}
     labels = {"apothic.io/country": "AQ", "apothic.io/cost-per-hour-usd": "0.1"}
     nodes.add_offer("dry", environment=nowhere, labels=labels)
+    second = {**labels, "apothic.io/cost-per-hour-usd": "0.2"}
+    nodes.add_offer("also-dry", environment=nowhere, labels=second)
     nodes.add_offer("wet", labels={**labels, "apothic.io/cost-per-hour-usd": "9"})
     try:
         box = sandbox(geolocation="AQ")
         with box.create() as session:
             assert node_of(nodes, session) == "wet"
-            assert visits(nodes, "dry") == 1
+            assert visits(nodes, "dry") == visits(nodes, "also-dry") == 1
             with box.create() as second, box.named("third") as third:
                 assert node_of(nodes, second) == node_of(nodes, third) == "wet"
                 third.close()
-            assert visits(nodes, "dry") == 1
+            assert visits(nodes, "dry") == visits(nodes, "also-dry") == 1
         eventually(lambda: not Registry().list_seats().get(nodes.id("dry")))
         nodes.kill("wet")
         for _ in range(2):
@@ -309,4 +311,5 @@ def test_a_node_without_an_engine_is_passed_over(nodes: Nodes, sandbox: Define) 
                 box.named("fourth")
     finally:
         nodes.forget("dry")
+        nodes.forget("also-dry")
         nodes.forget("wet")
