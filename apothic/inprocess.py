@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from apothic import tracebacks
 from apothic.backend import CallRef, ItemStream
 from apothic.errors import JobCancelledError, WaitTimeoutError
 from apothic.values import MethodInfo
@@ -24,7 +24,6 @@ __all__ = [
     "format_error",
     "run_now",
     "run_steps",
-    "text_of",
 ]
 
 _T = TypeVar("_T")
@@ -188,26 +187,9 @@ async def _awaited(value: Awaitable[_T]) -> _T:
     return await value
 
 
-def text_of(error: BaseException) -> str:
-    """Give its text, whatever its ``__str__`` does."""
-    try:
-        return str(error)
-    except Exception as broken:
-        return f"<its __str__ raised {type(broken).__name__}>"
-
-
 def format_error(error: BaseException) -> str:
     """Format an exception with its causes, without the frames of this package that lead to it."""
-    trace = error.__traceback__
-    while trace is not None and _PACKAGE in Path(trace.tb_frame.f_code.co_filename).parents:
-        trace = trace.tb_next
-    if trace is not None:
-        error.__traceback__ = trace
-    try:
-        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    except Exception as broken:  # a __str__, __cause__ or note of the user's may itself be broken
-        head = "".join(traceback.format_tb(error.__traceback__))
-        return f"{head}{type(error).__qualname__}: <formatting raised {type(broken).__name__}>\n"
+    return tracebacks.format_error(error, lambda file: _PACKAGE in Path(file).parents)
 
 
 def run_now(

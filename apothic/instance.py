@@ -27,9 +27,9 @@ from apothic.inprocess import (
     format_error,
     run_now,
     run_steps,
-    text_of,
 )
 from apothic.targets import Target
+from apothic.tracebacks import text_of
 from apothic.twins import Twin, twin
 from apothic.values import (
     ClassInstanceHandle,

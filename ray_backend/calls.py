@@ -63,7 +63,7 @@ class RayCall(CallRef):
         "_timeout_s",
     )
 
-    _moving = threading.Lock()
+    _sending = threading.Lock()
 
     def __init__(
         self,
@@ -150,9 +150,9 @@ class RayCall(CallRef):
 
     def _send_again(self, ref: Any) -> None:
         """Send a call again that found its instance between two processes; once, whoever waits."""
-        with self._moving:
-            if self._ref is ref and self._args is not None and self._kwargs is not None:
-                self._ref = self._instance.submitter(self._method)(*self._args, **self._kwargs)
+        with self._sending:
+            if self._ref is ref:
+                self.send_anew()
 
     def future(self) -> Future[Any]:
         """Give a future of the value, its error translated."""

@@ -253,9 +253,8 @@ class RayInstance(InstanceRef):
         """
         gone = isinstance(error, (rays.RayActorError, rays.ActorUnschedulableError))
         if gone and self.failure is not None:
-            return type(self.failure)(
-                *self.failure.args
-            )  # one object raised twice mixes tracebacks
+            # A new one each time: an object that is raised twice mixes its tracebacks.
+            return type(self.failure)(*self.failure.args)
         if gone and not isinstance(error, rays.ActorUnavailableError) and self.follow_successor():
             return InstanceLostError(
                 f"{self.label} lost its node and was made again on another; this call may or may not "

@@ -20,7 +20,7 @@ from apothic.errors import (
     JobCancelledError,
     SerializationError,
 )
-from apothic.inprocess import LoopThread, format_error, text_of
+from apothic.inprocess import LoopThread, format_error
 from apothic.packing import dumps, loads
 from apothic.testing.running import (
     GRACE_S,
@@ -31,6 +31,7 @@ from apothic.testing.running import (
     Watch,
     travelled,
 )
+from apothic.tracebacks import text_of
 from apothic.twins import in_thread
 from apothic.values import ClassSpec, CloseReport, HookResult, InstanceState
 

@@ -14,8 +14,9 @@ from queue import SimpleQueue
 from typing import Any, Literal
 
 from apothic.errors import JobCancelledError, RemoteError, RemoteTraceback
-from apothic.inprocess import format_error, text_of
+from apothic.inprocess import format_error
 from apothic.packing import dumps, loads
+from apothic.tracebacks import text_of
 from apothic.values import MethodInfo
 
 __all__ = [

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import traceback
 from typing import Any, Literal
+
+from apothic import tracebacks
+from apothic.tracebacks import text_of
 
 __all__ = ["Kind", "RemoteFailure", "capture", "decode_user_error", "format_error"]
 
@@ -78,7 +80,7 @@ def _rebuild(state: dict[str, Any]) -> RemoteFailure:
 def capture(error: BaseException, kind: Kind = "user", where: str = "") -> RemoteFailure:
     """Turn what user code raised into a failure that travels; never raises."""
     type_name = f"{type(error).__module__}.{type(error).__qualname__}"
-    message = _text_of(error)
+    message = text_of(error)
     return RemoteFailure(
         kind,
         f"{type_name}: {message}" if message else type_name,
@@ -90,31 +92,11 @@ def capture(error: BaseException, kind: Kind = "user", where: str = "") -> Remot
     )
 
 
-def _text_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as broken:
-        return f"<its __str__ raised {type(broken).__name__}>"
-
-
 def format_error(error: BaseException) -> str:
     """Format an exception with causes, groups and notes, without the frames of Ray and this host."""
-    _trim(error)
-    try:
-        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    except Exception as broken:  # a __str__, __cause__ or note of the user's may itself be broken
-        head = "".join(traceback.format_tb(error.__traceback__))
-        return f"{head}{type(error).__qualname__}: <formatting raised {type(broken).__name__}>\n"
-
-
-def _trim(error: BaseException) -> None:
-    trace = error.__traceback__
-    while trace is not None and any(
-        part in trace.tb_frame.f_code.co_filename for part in _OWN_DIRECTORIES
-    ):
-        trace = trace.tb_next
-    if trace is not None:
-        error.__traceback__ = trace
+    return tracebacks.format_error(
+        error, lambda file: any(part in file for part in _OWN_DIRECTORIES)
+    )
 
 
 def _pickle(error: BaseException) -> bytes | None:
