@@ -47,6 +47,7 @@ from ray_backend.sandbox.host import SandboxHost
 from ray_backend.sandbox.packed import pack_result, unpack_arguments
 from ray_backend.sandbox.plan import AHEAD, SandboxPlan, Unsettled
 from ray_backend.sandbox.sweeping import sweep_at_arrival, sweep_behind_raylet
+from ray_backend.turns import spare_turns
 
 __all__ = ["SandboxActor"]
 
@@ -58,7 +59,9 @@ _CANCELLED_MAX = 1000
 _END = object()
 
 if is_session_name(current_actor_name()):
-    leave_out_serializers()  # verbs travel as bytes, which `packed` makes
+    # Verbs travel as bytes, which `packed` makes.
+    leave_out_serializers()
+    spare_turns()
 
 
 class SandboxActor:
