@@ -15,8 +15,7 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
 from typing import NamedTuple
 
 from apothic.backend import ExecOutcome, ExecRequest
@@ -58,6 +57,22 @@ class SessionStatus(NamedTuple):
     started_unix_s: float
 
 
+class _Calls:
+    """Counts the verbs that run, as a context of each; of a generator, it would show in their time."""
+
+    __slots__ = ("finished", "running")
+
+    def __init__(self) -> None:
+        self.running = self.finished = 0
+
+    def __enter__(self) -> None:
+        self.running += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.running -= 1
+        self.finished += 1
+
+
 class SessionCore:
     """One session: its working directory, its variables, its limits, and its verbs."""
 
@@ -86,11 +101,11 @@ class SessionCore:
         self._slots = asyncio.Semaphore(concurrent_requests) if limited else None
         self._base: dict[bytes, bytes] = {}
         self._own: dict[bytes, bytes | None] = {}
+        self._env: dict[bytes, bytes] = {}  # both; not changed, but replaced
         self._cwd = b"/"
         self._saving = asyncio.Lock()
         self._uploads: dict[str, Upload] = {}
-        self._running = 0
-        self._finished = 0
+        self._calls = _Calls()
         self._started_unix_s = time.time()
         self._closed = False
 
@@ -105,7 +120,7 @@ class SessionCore:
         self._base = {**await self._workspace.environ(), **self._secrets}
         state = await self._workspace.load_state()
         if state:
-            self._cwd, self._own = _unpack_state(state)
+            self._adopt(*_unpack_state(state))
             return
         first = _join(b"/", cwd)
         if first != b"/":
@@ -124,7 +139,9 @@ class SessionCore:
 
     def status(self) -> SessionStatus:
         """Tell how it is."""
-        return SessionStatus(self._cwd, self._running, self._finished, self._started_unix_s)
+        return SessionStatus(
+            self._cwd, self._calls.running, self._calls.finished, self._started_unix_s
+        )
 
     # -- directory and variables -----------------------------------------------------------------
 
@@ -136,7 +153,7 @@ class SessionCore:
     async def get_env(self) -> dict[bytes, bytes]:
         """Give the environment that an exec sees."""
         with self._call():
-            return _overlaid(self._base, self._own)
+            return dict(self._env)
 
     async def chdir(self, path: bytes) -> bytes:
         """Change the working directory; ``..`` is the directory that the path names, as in a shell."""
@@ -157,7 +174,7 @@ class SessionCore:
         with self._call():
             async with self._saving:  # what another changes meanwhile must not be lost
                 await self._save(self._cwd, {**self._own, **values})
-            return _overlaid(self._base, self._own)
+            return dict(self._env)
 
     # -- files -----------------------------------------------------------------------------------
 
@@ -319,9 +336,10 @@ class SessionCore:
         )
 
     def _command(self, request: ExecRequest, stdin: bytes | memoryview | None) -> Command:
-        env = _overlaid(self._base, self._own)
-        if request.user and self._own.get(b"HOME") is None:
-            env.pop(b"HOME", None)  # the base's is another user's; the workspace sets the right one
+        env = self._env
+        if request.user and b"HOME" in env and self._own.get(b"HOME") is None:
+            # The base's is another user's; the workspace sets the right one.
+            env = {name: value for name, value in env.items() if name != b"HOME"}
         return Command(
             argv=request.argv,
             cwd=self._cwd if request.cwd is None else _join(self._cwd, request.cwd),
@@ -332,21 +350,19 @@ class SessionCore:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    @contextmanager
-    def _call(self) -> Iterator[None]:
+    def _call(self) -> _Calls:
         if self._closed:
             raise SandboxClosedError(f"{self._label} is closed. Open another session.")
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
-            self._finished += 1
+        return self._calls
 
     async def _save(self, cwd: bytes, own: dict[bytes, bytes | None]) -> None:
         """Have directory and variables take effect, once they are kept; holding `_saving`."""
         await self._workspace.save_state(_pack_state(cwd, own))
+        self._adopt(cwd, own)
+
+    def _adopt(self, cwd: bytes, own: dict[bytes, bytes | None]) -> None:
         self._cwd, self._own = cwd, own
+        self._env = _overlaid(self._base, own)
 
     def _upload(self, upload_id: str) -> Upload:
         upload = self._uploads.get(upload_id)

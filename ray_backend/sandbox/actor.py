@@ -155,8 +155,8 @@ class SandboxActor:
     async def _call(self, verb: str, args: tuple[Any, ...]) -> Any:
         task_id = self._enter()
         try:
-            result = await getattr(await self._core(), verb)(*unpack_arguments(*args))
-            return pack_result(result)
+            core = self._host.ready_core or await self._core()
+            return pack_result(await getattr(core, verb)(*unpack_arguments(*args)))
         except asyncio.CancelledError:
             raise self._cancelled_error() from None
         except SandboxClosedError as error:
@@ -206,12 +206,13 @@ class SandboxActor:
             del self._cancelled[task_id]
             raise self._cancelled_error()
         self._running[task_id] = _current_task()
-        self._ended[task_id] = asyncio.Event()
         return task_id
 
     def _leave(self, task_id: str) -> None:
         del self._running[task_id]
-        self._ended.pop(task_id).set()
+        ended = self._ended.pop(task_id, None)
+        if ended is not None:
+            ended.set()
 
     async def _cancel(self, task_id: str) -> None:
         gate = self._gates.get(task_id)
@@ -219,8 +220,9 @@ class SandboxActor:
             gate.shut()
         task = self._running.get(task_id)
         if task is not None:
+            ended = self._ended.setdefault(task_id, asyncio.Event())
             task.cancel()
-            await self._ended[task_id].wait()
+            await ended.wait()
             return
         # It has not come yet, or has ended.
         self._cancelled[task_id] = None

@@ -121,6 +121,11 @@ class SandboxHost:
         if self._loss is not None:
             raise SandboxLostError(*self._loss.args)
 
+    @property
+    def ready_core(self) -> SessionCore | None:
+        """What has the verbs, where it can be had without waiting."""
+        return self._core if self.state == "ready" else None
+
     async def core(self) -> SessionCore:
         """Give what has the verbs; waits while the session starts.
 

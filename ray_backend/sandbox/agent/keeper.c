@@ -23,6 +23,8 @@
 #define STRIKES 64
 #define STOPS_MAX 64
 #define FDS_MAX 8192 /* the agent lowers its own limit to this */
+#define OOM_SCORE_MORE 100
+#define OOM_SCORE_MAX 1000 /* proc(5) */
 
 uint64_t now_ns(void) {
     struct timespec t;
@@ -246,28 +248,37 @@ static void keeper_exec(const struct exec_request *request, void *memory,
    inherit. Put back each time: to look at it from the agent costs ten times as much. */
 static struct trait {
     const char *path;
-    int base, fd;
+    int base, more; /* more: than the agent's */
+    int fd;
     char text[24];
     size_t length;
-} traits[] = {{.path = "/proc/self/oom_score_adj", .base = 10},
-              {.path = "/proc/self/coredump_filter", .base = 16}};
+} traits[] = {
+    /* When memory runs out, programs go before the agent, and so, for all it has, may a keeper. That
+       they get it from there spares each leader the way through /proc. */
+    {.path = "/proc/self/oom_score_adj", .base = 10, .more = OOM_SCORE_MORE},
+    {.path = "/proc/self/coredump_filter", .base = 16},
+};
 #define TRAITS (sizeof traits / sizeof traits[0])
+
+static void put_traits(void) {
+    for (const struct trait *t = traits; t < traits + TRAITS; t++)
+        if (t->length > 0 && pwrite(t->fd, t->text, t->length, 0) < 0) {
+            /* it stays: no exec is worth less for it */
+        }
+}
 
 static void keep_traits(void) {
     for (struct trait *t = traits; t < traits + TRAITS; t++) {
         char text[sizeof t->text] = "";
         t->fd = open(t->path, O_RDWR | O_CLOEXEC);
-        if (t->fd >= 0 && read(t->fd, text, sizeof text - 1) > 0)
-            t->length = (size_t)snprintf(t->text, sizeof t->text, "%ld",
-                                         strtol(text, NULL, t->base));
+        if (t->fd < 0 || read(t->fd, text, sizeof text - 1) <= 0)
+            continue;
+        long value = strtol(text, NULL, t->base) + t->more;
+        if (t->more > 0 && value > OOM_SCORE_MAX)
+            value = OOM_SCORE_MAX;
+        t->length = (size_t)snprintf(t->text, sizeof t->text, "%ld", value);
     }
-}
-
-static void restore_traits(void) {
-    for (const struct trait *t = traits; t < traits + TRAITS; t++)
-        if (t->length > 0 && pwrite(t->fd, t->text, t->length, 0) < 0) {
-            /* it stays: no exec is worth less for it */
-        }
+    put_traits();
 }
 
 #define ENDS_MAX 5
@@ -342,7 +353,7 @@ static _Noreturn void keeper_run(const struct exec_request *first, void *memory,
         keeper_exec(&request, memory, &ends, origin);
         memory = NULL;
         wait_for_next(&ends, &request);
-        restore_traits();
+        put_traits();
     }
 }
 

@@ -8,7 +8,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#define OOM_SCORE_MORE 100
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 static const char *environment_value(char *const envp[], const char *name) {
@@ -58,23 +57,6 @@ static int run_program(char *const argv[], char *const envp[], uint32_t *stage) 
             return result;
         at += n + 1;
     }
-}
-
-/* When memory runs out, programs go before the agent. */
-static void prefer_for_oom(void) {
-    static char text[16]; /* the same for each leader of a keeper */
-    static int length;
-    int fd = open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
-    if (fd < 0)
-        return;
-    if (length == 0 && read(fd, text, sizeof text - 1) > 0) {
-        long score = strtol(text, NULL, 10) + OOM_SCORE_MORE;
-        length = snprintf(text, sizeof text, "%ld", score > 1000 ? 1000 : score);
-    }
-    if (write(fd, text, (size_t)length) < 0) {
-        /* the score stays: nothing depends on it */
-    }
-    close(fd);
 }
 
 /* Give what reads like an empty file, for this keeper's leaders. */
@@ -129,7 +111,6 @@ static struct failure leader_run(char **argv, char **envp, const struct exec_req
     struct failure failure = {0, STAGE_START};
     sigset_t none;
     setsid();
-    prefer_for_oom();
     setrlimit(RLIMIT_NOFILE, &origin->files);
     if (dup2(input, 0) < 0 || dup2(ends->write[0], 1) < 0 || dup2(ends->write[1], 2) < 0)
         return failure.error = errno, failure;
