@@ -108,7 +108,8 @@ class ExecRun:
         if self._expiring is not None:
             await self._expiring  # until nothing is alive
         ended = process.exit
-        self._let_go()
+        process.detach()
+        self._process = None
         self._outcome = ExecOutcome(
             returncode=ended.status if ended.status is not None else 128 + (ended.signal or 0),
             signal=ended.signal,

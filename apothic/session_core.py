@@ -306,11 +306,17 @@ class SessionCore:
             async with self._run(request, stdin) as run:
                 while (piece := await run.next_output()) is not None:
                     (out if piece[0] == "stdout" else err).add(piece[1])
-                return run.outcome._replace(
+                ended = run.outcome
+                return ExecOutcome(
+                    returncode=ended.returncode,
+                    signal=ended.signal,
+                    duration_s=ended.duration_s,
                     stdout=out.join(),
                     stderr=err.join(),
                     stdout_truncated=out.truncated,
                     stderr_truncated=err.truncated,
+                    timed_out=ended.timed_out,
+                    oom_killed=ended.oom_killed,
                 )
 
     async def exec_stream(

@@ -27,9 +27,6 @@ T = TypeVar("T")
 
 _READER = "deserialize_args"
 """Ray's function that reads the arguments of one call; it waits for nothing."""
-_DEPTH = 3
-"""How far from a coroutine of Ray the function lies that it calls: Cython keeps it in a closure of the
-coroutine's closure."""
 
 
 def spare_turns() -> None:
@@ -55,12 +52,9 @@ def _run(coro: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> Futur
 
 
 def _reads_arguments(coro: object) -> bool:
-    found = [coro]
-    for _ in range(_DEPTH):
-        found = gc.get_referents(*found)
-        if any(getattr(each, "__name__", None) == _READER for each in found):
-            return True
-    return False
+    # Cython keeps what a coroutine of Ray calls in a closure of its closure.
+    found = gc.get_referents(*gc.get_referents(*gc.get_referents(coro)))
+    return any(getattr(each, "__name__", None) == _READER for each in found)
 
 
 def _read(coro: Coroutine[Any, Any, T], future: Future[T]) -> None:

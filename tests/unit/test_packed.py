@@ -39,6 +39,7 @@ def travel(value: Any) -> Any:
 def test_arguments_arrive_as_they_were_sent(args: tuple[Any, ...]) -> None:
     arrived = unpack_arguments(*(travel(part) for part in pack_arguments(args)))
     assert arrived == args
+    assert [type(each) for each in arrived[:1]] == [type(each) for each in args[:1]]
 
 
 def test_contents_of_files_travel_beside_the_others() -> None:

@@ -177,7 +177,9 @@ class AgentChannel:
             stdin: it is written to; else it is ``/dev/null``.
             window: bytes of each output that may come before somebody takes them.
         """
-        await self.room(EXECS_MAX)
+        if self.connection.open_streams >= EXECS_MAX:
+            await self.room(EXECS_MAX)
+        self._check_open()
         stream, data = self.connection.exec(
             argv,
             cwd=cwd,

@@ -45,6 +45,7 @@ _WELCOME_START = MAGIC + HEADER.pack(replies.WELCOME.size, 0, FrameType.WELCOME)
 _RESYNC_PADDING = bytes(FRAME_HEADER_BYTES + FRAME_BODY_MAX + FRAME_TRAILER_BYTES)
 _STREAM_MAX = 2**32 - 1
 # Plain numbers: what enums do with theirs shows in the time of an exec.
+_FRAME_TYPES = {int(each): each for each in FrameType}
 _STDIN, _TELL_START = int(ExecFlag.STDIN), int(ExecFlag.TELL_START)
 
 
@@ -431,7 +432,7 @@ class AgentConnection:
         if kind not in EXPECTED[entry.kind]:
             raise ProtocolError(f"a frame of type {kind:#x} for a stream of {entry.kind.name}")
         try:
-            event = replies.event_of(FrameType(kind), stream, entry, body)
+            event = replies.event_of(_FRAME_TYPES[kind], stream, entry, body)
         except (struct.error, ValueError) as error:
             raise ProtocolError(f"a malformed frame of type {kind:#x}: {error}") from error
         if kind in LAST:

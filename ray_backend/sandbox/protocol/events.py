@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from ray_backend.sandbox.agent.constants import Capability, Channel, Stage
 
@@ -77,8 +77,7 @@ class Granted:
     amount: int
 
 
-@dataclass(frozen=True, slots=True)
-class Exited:
+class Exited(NamedTuple):
     """An exec's leader has ended and all it wrote has come; exactly one of the first two is set.
 
     Attributes:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ray_backend.sandbox.agent.constants import Channel, FrameType
 
 
-class StreamKind(enum.Enum):
-    """What a stream was opened for, as far as its replies differ."""
+class StreamKind(enum.IntEnum):
+    """What a stream was opened for, as far as its replies differ; numbers are found faster."""
 
     EXEC = enum.auto()
     READ = enum.auto()
