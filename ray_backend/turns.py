@@ -12,6 +12,7 @@ pickle may outgrow. So this is for actors whose arguments are bytes (`ray_backen
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 from collections.abc import Coroutine
 from concurrent.futures import Future
@@ -59,14 +60,18 @@ def _reads_arguments(coro: object) -> bool:
 
 def _read(coro: Coroutine[Any, Any, T], future: Future[T]) -> None:
     try:
-        coro.send(None)
+        contextvars.copy_context().run(coro.send, None)
     except StopIteration as end:
         future.set_result(end.value)
     except BaseException as error:  # whoever takes the result is told
         future.set_exception(error)
     else:
         coro.close()
+        raylet: Any = _raylet
+        raylet.asyncio = asyncio  # the next calls are run as Ray has it
         future.set_exception(RuntimeError(f"Ray's {_READER} waits for something in this version"))
+    finally:
+        del coro, future  # an error holds this frame
 
 
 def _begin(
@@ -87,11 +92,13 @@ async def _finish(coro: Coroutine[Any, Any, T], future: Future[T]) -> None:
     except BaseException as error:
         if future.set_running_or_notify_cancel():
             future.set_exception(error)
-        if not isinstance(error, Exception):
+        if isinstance(error, SystemExit | KeyboardInterrupt | GeneratorExit):
             raise  # what ends a program ends its loop
     else:
         if future.set_running_or_notify_cancel():
             future.set_result(result)
+    finally:
+        del coro, future  # an error holds this frame, and with it what the call was given
 
 
 def _pass_on_cancel(
