@@ -1,4 +1,4 @@
-"""`RayClient`: the control plane on Ray. It keeps handles, the registry and leases together."""
+"""`RayClient`: the control plane on Ray. It keeps the registry, leases and its two halves together."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import atexit
 import contextlib
 import functools
 import json
-import math
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
-from ray import exceptions as rays
 
 from apothic.backend import (
     ControlPlaneClient,
@@ -23,12 +20,7 @@ from apothic.backend import (
     SandboxRequest,
     StartRequest,
 )
-from apothic.errors import (
-    AppNotFoundError,
-    BackendError,
-    InstanceNotFoundError,
-)
-from apothic.names import actor_name
+from apothic.errors import AppNotFoundError
 from apothic.node_types import NodeType
 from apothic.options import ClassOptions
 from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
@@ -36,7 +28,6 @@ from apothic.values import (
     AppManifest,
     ClassInstanceHandle,
     ClassSpec,
-    CloseReport,
     InstanceInfo,
     SandboxSpec,
 )
@@ -44,37 +35,19 @@ from apothic.volume import StorageMount
 from ray_backend import ray_api, volumes
 from ray_backend.actors.loading import share_class_identities
 from ray_backend.connection import ensure_connected
-from ray_backend.instances import RayInstance
-from ray_backend.launch import Launched, homes, launch
-from ray_backend.leases import PINNED
+from ray_backend.launch import homes
+from ray_backend.lifecycle import Instances
 from ray_backend.manager import instance_names
 from ray_backend.manager_link import ManagerLink
-from ray_backend.moves import find_other_actor, take_over
-from ray_backend.names import NAMESPACE
 from ray_backend.placement.catalogue import Catalogue
-from ray_backend.placement.live import (
-    ClusterView,
-    Placeable,
-    Placement,
-    explain,
-    offers_table,
-    place,
-)
-from ray_backend.readiness import STOPPING_WAIT_S, wait_ready
+from ray_backend.placement.live import ClusterView, Placeable, explain, offers_table
 from ray_backend.registry import Registry
 from ray_backend.sandbox.sessions import Sandboxes
-from ray_backend.starting import Starts
-from ray_backend.translate import translate
 
 __all__ = ["RayClient", "connect"]
 
-_T = TypeVar("_T")
-
 EXIT_WAIT_S = 60.0
 """Seconds that the end of a process waits for the exit hooks of what it leased."""
-
-SUCCESSOR_WAIT_S = 15.0
-"""Seconds to wait for the process after one that hung, which says what became of its calls."""
 
 _lock = threading.Lock()
 _client: RayClient | None = None
@@ -113,11 +86,11 @@ class RayClient(ControlPlaneClient):
         self._catalogue = Catalogue(self.registry)
         self._cluster_id = self.registry.cluster_id()
         self.holder = self._find_holder()
+        self._instances = Instances(self)
         self._sandboxes = Sandboxes(self)
         self._own_cluster = ray_api.is_own_cluster()
         self.manager = ManagerLink()
         self._leased = False
-        self.starts = Starts(self)
         self.background = ThreadPoolExecutor(8, thread_name_prefix="apothic-ray")
         self.is_proxy = ray_api.is_client_mode()
         if self.holder.startswith("job:"):
@@ -176,6 +149,15 @@ class RayClient(ControlPlaneClient):
             ]
             list(self.background.map(self.manager.close, outdated))
 
+    def store(self, spec: ClassSpec | SandboxSpec, blobs: Callable[[], Mapping[str, bytes]]) -> str:
+        """Store a version of a class or sandbox, its contents first; give its digest."""
+        digest = spec.digest
+        if self.registry.get_spec(digest) is None:
+            for key, content in blobs().items():
+                self.registry.put_blob(key, content)
+            self.registry.put_spec(digest, spec.model_dump_json())
+        return digest
+
     def find_app(self, name: str) -> AppManifest:
         """Read a deployed app's manifest."""
         found = self.registry.get_app(name)
@@ -190,11 +172,6 @@ class RayClient(ControlPlaneClient):
     def list_apps(self) -> list[str]:
         """Name the deployed apps."""
         return self.registry.list_apps()
-
-    def find_spec(self, digest: str) -> ClassSpec | None:
-        """Read a class spec."""
-        found = self.registry.get_spec(digest)
-        return None if found is None else ClassSpec.model_validate_json(found)
 
     def explain(self, spec: ClassSpec | SandboxSpec) -> str:
         """Tell where an instance could run."""
@@ -211,10 +188,6 @@ class RayClient(ControlPlaneClient):
         else:
             available = ray_api.free_resources()
         return ClusterView(ray_api.live_nodes(), available, self._catalogue.offers())
-
-    def place(self, view: ClusterView, options: ClassOptions) -> Placement:
-        """Decide where an instance goes."""
-        return place(view, options, homes(self.registry, options.mounts))
 
     def seat(self, actor_id: str) -> ray_api.ActorSeat | None:
         """Tell where an actor is, or what it waits for."""
@@ -252,214 +225,21 @@ class RayClient(ControlPlaneClient):
 
     # -- instances -------------------------------------------------------------------------------
 
-    def start(self, request: StartRequest) -> RayInstance:
-        """Lease first, then make the actor, so that an interrupted creation leaks nothing."""
-        spec = request.spec
-        name = actor_name(spec.app, spec.name, request.instance_id)
-        digest = self.store(spec, request.blobs)
-        holder = PINNED if request.named else self.holder
-        record = {
-            "app": spec.app,
-            "cls": spec.name,
-            "instance_id": request.instance_id,
-            "named": request.named,
-            "spec_digest": digest,
-        }
-        deadline = time.monotonic() + STOPPING_WAIT_S
-        while True:
-            self.note_lease()
-            if self.manager.ask(lambda manager: manager.acquire.remote(name, holder, record)):
-                break
-            if time.monotonic() > deadline:
-                raise BackendError(
-                    f"{spec.app}.{spec.name} {request.instance_id!r} is still being stopped after "
-                    f"{STOPPING_WAIT_S:g} s. Try again, or use another id."
-                )
-            time.sleep(0.01)
-        try:
-            launched = self._launch(request, name, digest)
-        except BaseException:
-            if not self._actor_exists(name):
-                self.manager.ask(lambda manager: manager.forget.remote(name))
-            raise
-        handle = ClassInstanceHandle(
-            cluster_id=self._cluster_id,
-            app=spec.app,
-            cls=spec.name,
-            instance_id=request.instance_id,
-            spec_digest=digest,
-            named=request.named,
-        )
-        instance = RayInstance(self, handle, launched.actor, ready=False)
-        instance.request = request
-        instance.placement = launched.placement
-        if request.reuse and not request.named:
-            self.starts.watch(instance)  # nobody need wait for what `bind` starts
-        return instance
-
-    def move(self, instance: RayInstance) -> bool:
-        """Replace an instance that still waits for room by one that asks for what is free now.
-
-        Only for one that this process made. Its name and its lease stay; False when it has its room
-        by now, or is being stopped.
-
-        Raises:
-            NoMatchingOfferError: when nothing can run it any more; then it is gone.
-        """
-        request = instance.request
-        assert request is not None
-        assert instance.placement is not None
-        name, actor_id = self._name(instance.handle), instance.native._actor_id.hex()
-        digest = instance.handle.spec_digest
-        launched = take_over(
-            self.manager, name, actor_id, lambda: self._launch(request, name, digest)
-        )
-        if launched is None:
-            return False
-        instance.follow(launched.actor, launched.placement)
-        return True
+    def start(self, request: StartRequest) -> InstanceRef:
+        """Start or find an instance."""
+        return self._instances.start(request)
 
     def attach(self, handle: ClassInstanceHandle) -> InstanceRef:
         """Reach a live instance."""
-        name = actor_name(handle.app, handle.cls, handle.instance_id)
-        gone = InstanceNotFoundError(
-            f"{handle.app}.{handle.cls} {handle.instance_id!r} does not live: it was closed, or it was "
-            f"lost. Start another."
-        )
-        try:
-            actor = ray.get_actor(name, namespace=NAMESPACE)
-        except ValueError:
-            raise gone from None
-        lease = self.registry.get_lease(name)
-        if lease is None:
-            raise gone
-        if not lease["named"]:
-            self.note_lease()
-            if not self.manager.ask(lambda manager: manager.join.remote(name, self.holder)):
-                raise gone
-        handle = handle.model_copy(
-            update={"spec_digest": lease["spec_digest"], "named": lease["named"]}
-        )
-        return RayInstance(self, handle, actor, ready=False)
+        return self._instances.attach(handle)
 
-    def find_successor(self, handle: ClassInstanceHandle, actor_id: str) -> Any:
-        """Find the actor that took an instance over on another node; None where none did.
-
-        One that was closed, and made again by somebody, is another instance.
-        """
-        name = self._name(handle)
-        if not self.registry.was_moved(actor_id) and not self._lost_its_nodes(handle, actor_id):
-            return None
-        return find_other_actor(name, actor_id)
-
-    def _lost_its_nodes(self, handle: ClassInstanceHandle, actor_id: str) -> bool:
-        if not handle.named or self.is_proxy:
-            return False
-        seat = ray_api.actor_seat(actor_id)
-        return seat is not None and seat.unschedulable
-
-    def wait_ready(self, instance: RayInstance) -> None:
-        """Wait for ``enter``; what cannot become ready is removed before the error is raised."""
-        self.starts.forget(instance)
-        try:
-            wait_ready(self, instance)
-        finally:
-            instance.end_waiting()
-
-    def died_at_start(self, instance: RayInstance) -> bool:
-        """Tell whether an instance that lost its process had never been ready."""
-        record = self.registry.start_record(self._name(instance.handle))
-        return bool(record.begun) and not record.was_ready
-
-    def inspect_instance(self, handle: ClassInstanceHandle, actor: Any, label: str) -> InstanceInfo:
-        """Ask an instance how it is."""
-        try:
-            status = ray.get(actor.apothic_status.remote())
-        except rays.RayError as error:
-            raise translate(error, label) from None
-        record = {} if self.is_proxy else ray_api.actor_record(actor._actor_id.hex())
-        spec = self.find_spec(status["spec_digest"])
-        return InstanceInfo(
-            app=handle.app,
-            cls=handle.cls,
-            instance_id=handle.instance_id,
-            named=handle.named,
-            state=status["state"],
-            spec_digest=status["spec_digest"],
-            tags=spec.tags if spec else (),
-            metadata=spec.metadata if spec else {},
-            pid=status["pid"],
-            node_id=record.get("Address", {}).get("NodeID"),
-            running_calls=status["running"],
-            finished_calls=status["finished"],
-            restarts=record.get("NumRestarts", 0),
-            started_unix_s=status["started_unix_s"],
-            arguments_digest=status["arguments_digest"],
-        )
-
-    def close_instance(self, instance: RayInstance) -> CloseReport:
-        """Stop an instance."""
-        return self.manager.close(self._name(instance.handle), instance.native._actor_id.hex())
-
-    def release(self, instance: RayInstance) -> None:
-        """Give up this process's lease on an instance."""
-        name = self._name(instance.handle)
-        self.manager.ask(lambda manager: manager.release.remote(name, self.holder))
+    def find_spec(self, digest: str) -> ClassSpec | None:
+        """Read a class spec."""
+        return self._instances.find_spec(digest)
 
     def list_instances(self, app: str | None = None, cls: str | None = None) -> list[InstanceInfo]:
-        """List live instances as their leases and Ray know them, asking none of them.
-
-        So ``ready`` means that the process is up; `inspect_instance` asks whether ``enter`` is done.
-        """
-        found = self.manager.ask(lambda manager: manager.instances.remote())
-        wanted = [
-            lease
-            for _, lease in sorted(found.items())
-            if "cls" in lease and app in (None, lease["app"]) and cls in (None, lease["cls"])
-        ]
-        specs = {
-            digest: self.find_spec(digest) for digest in {each["spec_digest"] for each in wanted}
-        }
-        return [
-            InstanceInfo(
-                app=lease["app"],
-                cls=lease["cls"],
-                instance_id=lease["instance_id"],
-                named=lease["named"],
-                state=lease["state"],
-                spec_digest=lease["spec_digest"],
-                tags=spec.tags if spec else (),
-                metadata=spec.metadata if spec else {},
-                pid=lease["pid"],
-                node_id=lease["node_id"],
-                restarts=lease["restarts"],
-            )
-            for lease in wanted
-            for spec in [specs[lease["spec_digest"]]]
-        ]
-
-    def take_timeout(
-        self, task_id: str, actor_id: str, *, overdue: bool, until: float = math.inf
-    ) -> str | None:
-        """Read what a replaced process left for a call.
-
-        A process that hung with the interpreter lock could leave none; its successor does. For a call
-        that is ``overdue`` this waits until the successor is there, or none is coming, at most to the
-        time ``until``.
-        """
-        found = self.registry.take_timeout(task_id)
-        if found is not None or not overdue or self.is_proxy:
-            return found
-        began = time.monotonic()
-        while time.monotonic() < min(began + SUCCESSOR_WAIT_S, until):
-            state = ray_api.actor_record(actor_id).get("State")
-            found = self.registry.take_timeout(task_id)
-            # Its death may be news to the GCS: for a moment it still says ALIVE.
-            settled = state == "ALIVE" and time.monotonic() - began > 1.0
-            if found is not None or settled or state not in ("ALIVE", "RESTARTING"):
-                return found
-            time.sleep(0.05)
-        return None
+        """List live instances."""
+        return self._instances.list(app, cls)
 
     # -- sandboxes -------------------------------------------------------------------------------
 
@@ -529,32 +309,6 @@ class RayClient(ControlPlaneClient):
     def note_lease(self) -> None:
         """Note that this process is about to hold a lease, to be given up at its end."""
         self._leased = True
-
-    # -- inside ----------------------------------------------------------------------------------
-
-    def _launch(self, request: StartRequest, name: str, digest: str) -> Launched:
-        return launch(self.registry, request, name, digest, self.view)
-
-    @staticmethod
-    def _name(handle: ClassInstanceHandle) -> str:
-        return actor_name(handle.app, handle.cls, handle.instance_id)
-
-    @staticmethod
-    def _actor_exists(name: str) -> bool:
-        try:
-            ray.get_actor(name, namespace=NAMESPACE)
-        except ValueError:
-            return False
-        return True
-
-    def store(self, spec: ClassSpec | SandboxSpec, blobs: Callable[[], Mapping[str, bytes]]) -> str:
-        """Store a version of a class or sandbox, its contents first; give its digest."""
-        digest = spec.digest
-        if self.registry.get_spec(digest) is None:
-            for key, content in blobs().items():
-                self.registry.put_blob(key, content)
-            self.registry.put_spec(digest, spec.model_dump_json())
-        return digest
 
 
 def _close_before_shutdown(close: Callable[[], None]) -> None:

@@ -21,19 +21,24 @@ from apothic.errors import (
     SerializationError,
     UsageError,
 )
+from apothic.names import actor_name
 from apothic.values import ClassInstanceHandle, CloseReport, InstanceInfo, MethodInfo
 from ray_backend import ray_api
 from ray_backend.actors.compile import actor_method_name
 from ray_backend.actors.gate import CONSUMER_KEY
 from ray_backend.actors.host import TIMEOUT_KEY
 from ray_backend.calls import RayCall, RayStream, Submitted
+from ray_backend.moves import find_other_actor
 from ray_backend.translate import translate
 
 if TYPE_CHECKING:
-    from ray_backend.client import RayClient
+    from ray_backend.lifecycle import Instances
     from ray_backend.placement.live import Placement
 
 __all__ = ["RayInstance"]
+
+SUCCESSOR_WAIT_S = 15.0
+"""Seconds to wait for the process after one that hung, which says what became of its calls."""
 
 _RETRY_STEP_S = 0.05
 
@@ -42,10 +47,11 @@ class RayInstance(InstanceRef):
     """A live instance: its actor, and how to call it."""
 
     def __init__(
-        self, client: RayClient, handle: ClassInstanceHandle, actor: Any, ready: bool
+        self, instances: Instances, handle: ClassInstanceHandle, actor: Any, ready: bool
     ) -> None:
         """Wrap an actor handle; ``ready`` says that its ``enter`` is known to have finished."""
-        self._client = client
+        self._instances = instances
+        self._client = instances.client
         self._handle = handle
         self._actor = actor
         self._ready = ready
@@ -69,6 +75,17 @@ class RayInstance(InstanceRef):
     def native(self) -> Any:
         """The Ray actor handle."""
         return self._actor
+
+    @property
+    def name(self) -> str:
+        """The actor's name."""
+        return actor_name(self._handle.app, self._handle.cls, self._handle.instance_id)
+
+    @property
+    def actor_id(self) -> str:
+        """The actor's id, in hex."""
+        found: str = self._actor._actor_id.hex()
+        return found
 
     @property
     def may_wait(self) -> bool:
@@ -210,21 +227,50 @@ class RayInstance(InstanceRef):
     def wait_ready(self) -> None:
         """Wait for ``enter``; a failure is raised here, and nothing is left behind."""
         if not self._ready:
-            self._client.wait_ready(self)
+            self._instances.wait_ready(self)
             self._ready = True
+
+    def died_at_start(self) -> bool:
+        """Tell whether one that lost its process had never been ready."""
+        record = self._client.registry.start_record(self.name)
+        return bool(record.begun) and not record.was_ready
 
     def inspect(self) -> InstanceInfo:
         """Ask the instance itself, through its control group."""
-        return self._client.inspect_instance(self._handle, self._actor, self.label)
+        handle, actor = self._handle, self._actor
+        try:
+            status = ray.get(actor.apothic_status.remote())
+        except rays.RayError as error:
+            raise translate(error, self.label) from None
+        record = {} if self._client.is_proxy else ray_api.actor_record(actor._actor_id.hex())
+        spec = self._instances.find_spec(status["spec_digest"])
+        return InstanceInfo(
+            app=handle.app,
+            cls=handle.cls,
+            instance_id=handle.instance_id,
+            named=handle.named,
+            state=status["state"],
+            spec_digest=status["spec_digest"],
+            tags=spec.tags if spec else (),
+            metadata=spec.metadata if spec else {},
+            pid=status["pid"],
+            node_id=record.get("Address", {}).get("NodeID"),
+            running_calls=status["running"],
+            finished_calls=status["finished"],
+            restarts=record.get("NumRestarts", 0),
+            started_unix_s=status["started_unix_s"],
+            arguments_digest=status["arguments_digest"],
+        )
 
     def close(self) -> CloseReport:
         """Stop it through the manager, which sees to it even if this process ends meanwhile."""
-        return self._client.close_instance(self)
+        return self._client.manager.close(self.name, self.actor_id)
 
     def release(self) -> None:
         """Give up this process's lease; with the connection they have all ended."""
         if self.is_connected:
-            self._client.release(self)
+            name, holder = self.name, self._client.holder
+            self._client.manager.ask(lambda manager: manager.release.remote(name, holder))
 
     @property
     def is_connected(self) -> bool:
@@ -269,14 +315,32 @@ class RayInstance(InstanceRef):
         """Read what the process left for a call that it could only end together with itself."""
         limit_s = call.timeout_s
         if limit_s is None:
-            spec = self._client.find_spec(self._handle.spec_digest)
+            spec = self._instances.find_spec(self._handle.spec_digest)
             limit_s = 0.0 if spec is None else float(spec.options["timeout_s"])
-        return self._client.take_timeout(
-            call.ref.task_id().hex(),
-            self._actor._actor_id.hex(),
-            overdue=time.monotonic() - call.since >= limit_s,
-            until=until,
-        )
+        overdue = time.monotonic() - call.since >= limit_s
+        return self._take_timeout(call.ref.task_id().hex(), overdue=overdue, until=until)
+
+    def _take_timeout(self, task_id: str, *, overdue: bool, until: float) -> str | None:
+        """Read what a replaced process left for a call.
+
+        A process that hung with the interpreter lock could leave none; its successor does. For a call
+        that is ``overdue`` this waits until the successor is there, or none is coming, at most to the
+        time ``until``.
+        """
+        registry, actor_id = self._client.registry, self.actor_id
+        found = registry.take_timeout(task_id)
+        if found is not None or not overdue or self._client.is_proxy:
+            return found
+        began = time.monotonic()
+        while time.monotonic() < min(began + SUCCESSOR_WAIT_S, until):
+            state = ray_api.actor_record(actor_id).get("State")
+            found = registry.take_timeout(task_id)
+            # Its death may be news to the GCS: for a moment it still says ALIVE.
+            settled = state == "ALIVE" and time.monotonic() - began > 1.0
+            if found is not None or settled or state not in ("ALIVE", "RESTARTING"):
+                return found
+            time.sleep(0.05)
+        return None
 
     def wait_for_restart(self, until: float) -> bool:
         """Wait until an instance that is coming back answers again; False when the time is over."""
@@ -320,12 +384,24 @@ class RayInstance(InstanceRef):
             self._client.background.submit(then, error)
 
     def follow_successor(self) -> bool:
-        """Go on with the actor that took a dead one's place on another node; False if none does."""
-        found = self._client.find_successor(self._handle, self._actor._actor_id.hex())
+        """Go on with the actor that took a dead one's place on another node; False if none does.
+
+        One that was closed, and made again by somebody, is another instance.
+        """
+        actor_id = self.actor_id
+        if not self._client.registry.was_moved(actor_id) and not self._lost_its_nodes(actor_id):
+            return False
+        found = find_other_actor(self.name, actor_id)
         if found is None:
             return False
         self.follow(found, None)
         return True
+
+    def _lost_its_nodes(self, actor_id: str) -> bool:
+        if not self._handle.named or self._client.is_proxy:
+            return False
+        seat = ray_api.actor_seat(actor_id)
+        return seat is not None and seat.unschedulable
 
     def is_moving(self, error: BaseException) -> bool:
         """Tell whether a call failed since its actor was moved; then this goes on with the next."""

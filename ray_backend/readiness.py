@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from apothic.values import ClassInstanceHandle, ClassSpec, SandboxSpec
     from ray_backend.client import RayClient
     from ray_backend.instances import RayInstance
-    from ray_backend.registry import Registry
+    from ray_backend.lifecycle import Instances
 
 __all__ = ["STOPPING_WAIT_S", "MovedError", "PlacementWatch", "give_up", "wait_ready"]
 
@@ -71,17 +71,17 @@ class MovedError(Exception):
     """The instance has another actor now."""
 
 
-def wait_ready(client: RayClient, instance: RayInstance) -> None:
+def wait_ready(instances: Instances, instance: RayInstance) -> None:
     """Wait for ``enter``; what cannot become ready is removed before the error is raised.
 
     An existing instance that was asked for may be found while it stops: then another is made.
     """
     request: StartRequest | None = instance.request
     deadline = time.monotonic() + STOPPING_WAIT_S
-    watch = PlacementWatch(client, instance)
+    watch = PlacementWatch(instances, instance)
     while True:
         try:
-            _wait_once(client, instance, request, watch)
+            _wait_once(instance, request, watch)
             return
         except MovedError:
             continue
@@ -93,7 +93,7 @@ def wait_ready(client: RayClient, instance: RayInstance) -> None:
             # The node that was asked for has left; another look finds what there is now.
             if request is None or time.monotonic() > deadline:
                 raise translate(error, instance.label) from None
-            instance.take_over(client.start(request))
+            instance.take_over(instances.start(request))
         except (InstanceClosedError, InstanceLostError) as error:
             if request is None and instance.follow_successor():
                 continue  # its maker moved it
@@ -102,14 +102,11 @@ def wait_ready(client: RayClient, instance: RayInstance) -> None:
             if isinstance(error, InstanceClosedError) and instance.placement is not None:
                 raise  # what this process made was closed before it was ready, by somebody's wish
             time.sleep(0.01)
-            instance.take_over(client.start(request))
+            instance.take_over(instances.start(request))
 
 
 def _wait_once(
-    client: RayClient,
-    instance: RayInstance,
-    request: StartRequest | None,
-    watch: PlacementWatch[RayInstance],
+    instance: RayInstance, request: StartRequest | None, watch: PlacementWatch[RayInstance]
 ) -> None:
     actor = instance.native
     label = instance.label
@@ -130,7 +127,7 @@ def _wait_once(
         found = translate(error, label)
         failure = failure_inside(error)
         started_badly = failure is not None and failure.kind == "start"
-        if isinstance(found, InstanceLostError) and client.died_at_start(instance):
+        if isinstance(found, InstanceLostError) and instance.died_at_start():
             found = InstanceStartError(
                 f"{label} did not start: its process ended while it was constructed or entered, by "
                 f"running out of memory, os._exit or a crash in native code; nothing was left "
@@ -138,26 +135,25 @@ def _wait_once(
             )
             started_badly = True
         if started_badly or (request is not None and not request.reuse):
-            client.close_instance(instance)
+            instance.close()
         raise found from found.__cause__
     except PlacementError as error:
-        give_up(client, instance, error)
+        give_up(instance, error)
         raise
 
 
-def give_up(client: RayClient, instance: RayInstance, error: PlacementError) -> None:
+def give_up(instance: RayInstance, error: PlacementError) -> None:
     """Close what waits for room in vain; what somebody else made waits on for those who want it.
 
     Args:
-        client: of the instance.
         instance: the one.
         error: what its calls get that are on their way.
     """
     instance.failure = error
     if instance.placement is not None:
-        client.close_instance(instance)
+        instance.close()
     elif not instance.handle.named:
-        client.release(instance)
+        instance.release()
 
 
 class Waiting(Protocol):
@@ -179,11 +175,8 @@ class Mover(Protocol[W]):
     """What knows where there is room."""
 
     @property
-    def registry(self) -> Registry: ...
-    def seat(self, actor_id: str) -> ray_api.ActorSeat | None: ...
-    def seats(self, state: str | None = None) -> list[ray_api.ActorSeat]: ...
+    def client(self) -> RayClient: ...
     def find_spec(self, digest: str) -> ClassSpec | SandboxSpec | None: ...
-    def view(self) -> ClusterView: ...
     def place(self, view: ClusterView, options: ClassOptions) -> Placement: ...
     def move(self, instance: W) -> bool: ...
 
@@ -191,9 +184,10 @@ class Mover(Protocol[W]):
 class PlacementWatch(Generic[W]):
     """Sees to it that an instance gets room, or that its caller is told why not."""
 
-    def __init__(self, client: Mover[W], instance: W) -> None:
+    def __init__(self, mover: Mover[W], instance: W) -> None:
         """Start the clock."""
-        self._client = client
+        self._mover = mover
+        self._client = mover.client
         self._instance = instance
         self._limit_s = _placement_timeout_s()
         self._deadline = time.monotonic() + self._limit_s
@@ -268,15 +262,15 @@ class PlacementWatch(Generic[W]):
             return
         self._moves += 1
         self._queued_since = None
-        if self._client.move(self._instance):
+        if self._mover.move(self._instance):
             raise MovedError
 
     def _place(self) -> tuple[Placement, ClusterView]:
-        spec = self._client.find_spec(self._instance.handle.spec_digest)
+        spec = self._mover.find_spec(self._instance.handle.spec_digest)
         assert spec is not None  # the lease keeps it
         options = ClassOptions.model_validate(spec.options)
         view = self._client.view()
-        return self._client.place(view, options), view
+        return self._mover.place(view, options), view
 
     def _give_up(self) -> None:
         found, _ = self._place()

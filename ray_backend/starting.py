@@ -17,8 +17,8 @@ from apothic.errors import PlacementError
 from ray_backend.readiness import MovedError, PlacementWatch, give_up
 
 if TYPE_CHECKING:
-    from ray_backend.client import RayClient
     from ray_backend.instances import RayInstance
+    from ray_backend.lifecycle import Instances
 
 __all__ = ["Starts"]
 
@@ -29,16 +29,16 @@ LOOK_S = 0.5
 class Starts:
     """The instances of one client that may still wait for room."""
 
-    def __init__(self, client: RayClient) -> None:
+    def __init__(self, instances: Instances) -> None:
         """Look after none; a thread runs only while there are some."""
-        self._client = client
+        self._instances = instances
         self._watched: dict[RayInstance, PlacementWatch[RayInstance]] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def watch(self, instance: RayInstance) -> None:
         """Look after an instance until it has room or is gone."""
-        watch = PlacementWatch(self._client, instance)
+        watch = PlacementWatch(self._instances, instance)
         instance.begin_waiting()
         with self._lock:
             self._watched[instance] = watch
@@ -75,7 +75,7 @@ class Starts:
             return False
         except PlacementError as error:
             with contextlib.suppress(Exception):  # the lease ends with this process
-                give_up(self._client, instance, error)
+                give_up(instance, error)
             return True
         except Exception:
             return False  # the GCS is away for a moment, or for good: then this process ends

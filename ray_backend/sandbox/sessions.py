@@ -32,7 +32,6 @@ from ray_backend.leases import PINNED, SANDBOX
 from ray_backend.moves import take_over
 from ray_backend.names import NAMESPACE
 from ray_backend.placement.live import ClusterView, Placement
-from ray_backend.ray_api import ActorSeat
 from ray_backend.readiness import STOPPING_WAIT_S, MovedError, PlacementWatch
 from ray_backend.registry import Registry
 from ray_backend.sandbox.plan import SandboxPlan, Unsettled
@@ -63,8 +62,6 @@ class Sandboxes:
         """Use the client's registry, manager and view."""
         self.client = client
 
-    # What waiting for room needs.
-
     @property
     def is_proxy(self) -> bool:
         """Whether this process talks through a proxy."""
@@ -78,6 +75,8 @@ class Sandboxes:
     def view(self) -> ClusterView:
         """Look at the cluster."""
         return self.client.view()
+
+    # What waiting for room needs.
 
     def place(self, view: ClusterView, options: ClassOptions) -> Placement:
         """Decide where a session goes: where no Docker engine was found only if nowhere else."""
@@ -95,14 +94,6 @@ class Sandboxes:
                 dry
             )
         return None
-
-    def seat(self, actor_id: str) -> ActorSeat | None:
-        """Tell where an actor is, or what it waits for."""
-        return self.client.seat(actor_id)
-
-    def seats(self, state: str | None = None) -> list[ActorSeat]:
-        """Tell where all actors are, or those in one of Ray's states."""
-        return self.client.seats(state)
 
     def move(self, session: RaySandbox) -> bool:
         """Replace a session that still waits for room by one that asks for what is free now.

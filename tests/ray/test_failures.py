@@ -399,8 +399,8 @@ def test_actor_without_a_lease_is_swept(ray_cluster: str) -> None:
 def test_interrupted_creation_leaves_nothing(ray_cluster: str, tmp_path: Path) -> None:
     """A driver is killed between lease and actor: the lease goes, and no actor comes."""
     body = (
-        "import ray_backend.client as client\n"
-        "client.launch = lambda *a: os.kill(os.getpid(), 9)\n"
+        "import ray_backend.lifecycle as lifecycle\n"
+        "lifecycle.launch = lambda *a: os.kill(os.getpid(), 9)\n"
         "Logged.new(LOG)\n"
     )
     with running(start_driver(tmp_path, body, tmp_path / "log", address=ray_cluster)) as driver:
@@ -411,9 +411,9 @@ def test_interrupted_creation_leaves_nothing(ray_cluster: str, tmp_path: Path) -
 
 def test_creation_that_is_refused_leaves_nothing(ray_cluster: str, tmp_path: Path) -> None:
     body = (
-        "import ray_backend.client as client\n"
+        "import ray_backend.lifecycle as lifecycle\n"
         "def fail(*a): raise KeyboardInterrupt\n"
-        "client.launch = fail\n"
+        "lifecycle.launch = fail\n"
         "try:\n    Logged.named('k', LOG)\n"
         "except KeyboardInterrupt:\n    print('INTERRUPTED')\n"
     )

@@ -78,8 +78,9 @@ class World:
         handle = ClassInstanceHandle(
             cluster_id="c", app="a", cls="C", instance_id="i", spec_digest="", named=True
         )
-        client: Any = SimpleNamespace(background=self.background, is_live=True)
-        self.instance = RayInstance(client, handle, self.actor, ready=True)
+        client = SimpleNamespace(background=self.background, is_live=True)
+        owner: Any = SimpleNamespace(client=client)
+        self.instance = RayInstance(owner, handle, self.actor, ready=True)
 
     def submit(self) -> CallRef:
         return self.instance.submit(ADD, (1,), {}, None)
