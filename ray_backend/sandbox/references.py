@@ -181,8 +181,10 @@ class RaySandbox(SandboxRef):
 
     @override
     def release(self) -> None:
-        name, holder = self.name, self._sandboxes.client.holder
-        self._sandboxes.client.manager.ask(lambda manager: manager.release.remote(name, holder))
+        client = self._sandboxes.client
+        if client.is_live:  # with the connection all leases of it have ended
+            name, holder = self.name, client.holder
+            client.manager.ask(lambda manager: manager.release.remote(name, holder))
 
     def follow(self, other: RaySandbox) -> None:
         """Go on with another actor of the same name."""
