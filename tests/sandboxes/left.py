@@ -10,6 +10,7 @@ from ray_backend.registry import Registry
 from ray_backend.sandbox.engine.agent_volume import find_unfinished_volumes
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.labels import BUILD, BUILD_UNFINISHED
+from ray_backend.sandbox.engine.link import abandoned_links
 from tests.docker.support import left_of
 from tests.support import RUN_VARIABLE, processes_of_run
 
@@ -28,6 +29,7 @@ def left_by_sessions(engine: Engine) -> list[str]:
         *(f"start of {name}" for name in registry._list("start/")),
         *(f"process {pid}: {line}" for pid, line in actors.items() if "SandboxActor" in line),
         *left_of_builds(engine),
+        *(f"link {path}" for path in abandoned_links()),
     ]
 
 
