@@ -291,11 +291,14 @@ def test_an_actor_does_not_grow(sandbox: Sandbox):
 
     async def cancel(count: int) -> None:
         for _ in range(count):
-            task = asyncio.ensure_future(session.aio.exec("sleep 1000"))
-            await asyncio.sleep(0.01)
+            line = "touch began; exec sleep 1000"
+            task = asyncio.ensure_future(session.aio.exec(line, shell=True))
+            while not await session.aio.exists("began"):
+                assert not task.done()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+            await session.aio.exec("rm began")
 
     with sandbox.create() as session:
         use(40)
