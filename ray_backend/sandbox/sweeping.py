@@ -63,7 +63,7 @@ def sweep_node(cluster_id: str) -> tuple[str, ...]:
     registry = Registry()
     with contextlib.closing(Engine.connect()) as engine:
         swept = sweep(engine, registry.list_leases, cluster_id, NAMESPACE)
-    return (*swept.containers, *swept.volumes, *swept.networks)
+    return (*swept.containers, *swept.volumes, *swept.networks, *swept.links)
 
 
 def sweep_at_arrival(cluster_id: str) -> None:

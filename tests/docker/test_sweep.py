@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -16,8 +19,10 @@ from ray_backend.sandbox.engine.labels import (
     OwnerLabels,
     RayletId,
 )
+from ray_backend.sandbox.engine.link import LinkOffer
 from ray_backend.sandbox.engine.sweep import is_doomed, sweep
-from tests.docker.support import BUSYBOX, new_owner, spec_of
+from tests.docker.support import BUSYBOX, new_owner, spec_of, start_python
+from tests.support import as_root, read_line, running
 
 ALIVE = RayletId(1, 2, 3)
 DEAD = RayletId(4, 5, 6)
@@ -136,3 +141,38 @@ def test_a_lease_that_comes_meanwhile(engine: Engine, owner: OwnerLabels):
         assert engine.inspect(container.id) is not None
     finally:
         engine.remove(container.id)
+
+
+OFFER = """
+from ray_backend.sandbox.engine.link import LinkOffer
+offer = LinkOffer()
+print(offer.directory, flush=True)
+input()
+"""
+
+
+@as_root
+def test_links_of_the_dead(
+    engine: Engine, owner: OwnerLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A process that is killed leaves its directory; those of the living and of others stay."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environment = {"TMPDIR": str(tmp_path)}
+    with (
+        contextlib.closing(LinkOffer()) as mine,
+        running(start_python(OFFER, env=environment)) as living,
+        running(start_python(OFFER, env=environment)) as killed,
+    ):
+        kept, left = (Path(read_line(process, "")) for process in (living, killed))
+        killed.kill()
+        killed.wait()
+        strangers = tmp_path / f"{left.name}-strangers"
+        strangers.mkdir()
+        os.chown(strangers, 1234, 1234)
+        assert os.listdir(left) == os.listdir(kept) == ["s"]
+        assert sweep(engine, list, owner.cluster, "tests").links == (str(left),)
+        assert {path.name for path in tmp_path.iterdir()} == {
+            kept.name,
+            strangers.name,
+            Path(mine.directory).name,
+        }

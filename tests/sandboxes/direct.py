@@ -171,6 +171,7 @@ class DirectRef(SandboxRef):
             finished_calls=status["finished"],
             arguments_digest=status["arguments_digest"],
             container_id=status["container_id"],
+            notes=tuple(status["notes"]),
         )
 
     @override

@@ -10,8 +10,9 @@ from ray_backend.registry import Registry
 from ray_backend.sandbox.engine.agent_volume import find_unfinished_volumes
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.labels import BUILD, BUILD_UNFINISHED
+from ray_backend.sandbox.engine.link import abandoned_links
 from tests.docker.support import left_of
-from tests.support import RUN_VARIABLE, processes_of_run
+from tests.support import RUN_VARIABLE, eventually, processes_of_run
 
 
 def left_by_sessions(engine: Engine) -> list[str]:
@@ -28,7 +29,20 @@ def left_by_sessions(engine: Engine) -> list[str]:
         *(f"start of {name}" for name in registry._list("start/")),
         *(f"process {pid}: {line}" for pid, line in actors.items() if "SandboxActor" in line),
         *left_of_builds(engine),
+        *(f"link {path}" for path in abandoned_links()),
     ]
+
+
+def see_nothing_left(engine: Engine, but: str = "-") -> None:
+    """Wait until nothing is left of them, what begins with ``but`` set aside."""
+
+    def left() -> list[str]:
+        return [each for each in left_by_sessions(engine) if not each.startswith(but)]
+
+    try:
+        eventually(lambda: not left())
+    except AssertionError:
+        raise AssertionError(left()) from None
 
 
 def left_of_sessions(engine: Engine, cluster: str) -> list[str]:

@@ -24,6 +24,7 @@ from tests.conformance.sandboxes.volumes_of_data import DataConformance
 from tests.docker.support import left_of
 from tests.sandboxes.direct import DirectEngine
 from tests.sandboxes.inside import ContainerConformance
+from tests.support import import_or_skip
 
 __all__ = ["marked"]
 
@@ -63,7 +64,9 @@ class OnUvloop(Direct):
 
     @pytest.fixture
     def engine(self, docker_engine: Engine) -> Iterator[DirectEngine]:
-        uvloop = pytest.importorskip("uvloop")
+        import_or_skip("uvloop")
+        import uvloop
+
         before = asyncio.get_event_loop_policy()
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         try:

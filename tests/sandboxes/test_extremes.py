@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from apothic import Sandbox, SandboxSession
+from apothic import Image, Sandbox, SandboxSession
 from apothic.errors import (
     ExecStartError,
     ExecTimeoutError,
@@ -25,9 +25,10 @@ from apothic.errors import (
     SandboxNoSpaceError,
     SandboxPermissionError,
 )
+from ray_backend.sandbox.containers import SessionContainer
 from ray_backend.sandbox.engine.connection import Engine
 from tests.conformance.sandboxes.base import Marked, marked
-from tests.docker.support import left_of
+from tests.docker.support import BUSYBOX, left_of
 from tests.sandboxes.direct import DirectEngine
 from tests.sandboxes.test_direct import Direct
 from tests.support import eventually
@@ -230,6 +231,82 @@ class TestMemory(Direct):
         eventually(lambda: ref.native.state == "lost")
         eventually(lambda: left_of(docker_engine, engine.cluster_id) == [])
         session.close()
+
+
+class TestDisk(Direct):
+    """Whether ``disk_gb`` is enforced is the engine's to say: what it was told to limit, it does."""
+
+    FULL = "dd if=/dev/zero of=/big bs=1M count=30"
+    LIMIT_GB = 0.02
+
+    @pytest.fixture
+    def looks(self, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+        """Have sessions look often; give what they see."""
+        seen: list[bool] = []
+        look = SessionContainer.disk_is_full
+
+        async def noted(container: SessionContainer) -> bool:
+            seen.append(await look(container))
+            return seen[-1]
+
+        monkeypatch.setattr(SessionContainer, "disk_is_full", noted)
+        for module in ("containers", "host"):
+            monkeypatch.setattr(f"ray_backend.sandbox.{module}.DISK_LOOK_S", 0.05)
+        return seen
+
+    def test_more_than_disk_gb(
+        self,
+        define: Callable[..., Sandbox],
+        looks: list[bool],
+        engine: DirectEngine,
+        docker_engine: Engine,
+    ) -> None:
+        session = self.open(define(image=Image.from_registry(BUSYBOX), disk_gb=self.LIMIT_GB))
+        notes, container = session.inspect().notes, session.inspect().container_id or ""
+        host = docker_engine.api.inspect_container(container)["HostConfig"]
+        if (host.get("StorageOpt") or {}).get("size"):
+            self.enforced(session, notes)
+            assert looks == []
+        else:
+            self.watched(session, notes, looks, engine)
+            eventually(lambda: docker_engine.inspect(container) is None)
+            eventually(lambda: left_of(docker_engine, engine.cluster_id) == [])
+        session.close()
+
+    def enforced(self, session: SandboxSession, notes: tuple[str, ...]) -> None:
+        assert notes == ()  # nothing is to be known: it is as documented
+        done = session.exec(self.FULL)
+        assert not done.ok
+        assert "No space" in done.stderr
+        session.exec("rm /big").check()
+        with pytest.raises(SandboxNoSpaceError, match="/big"):
+            session.write_bytes("/big", bytes(30 * MIB))
+        assert session.exec("echo on").stdout == "on\n"
+
+    def watched(
+        self,
+        session: SandboxSession,
+        notes: tuple[str, ...],
+        looks: list[bool],
+        engine: DirectEngine,
+    ) -> None:
+        [note] = notes
+        assert "cannot limit disks" in note
+        assert "measured every 0.05 s" in note
+        assert f"above disk_gb={self.LIMIT_GB} the session ends" in note
+        session.write_bytes("/less", bytes(10 * MIB))
+        before = len(looks)
+        eventually(lambda: len(looks) >= before + 2)  # the second one began after the write
+        assert not any(looks)
+        assert session.exec("echo on").stdout == "on\n"
+        with pytest.raises(
+            SandboxLostError, match=f"more than disk_gb={self.LIMIT_GB} to its disk"
+        ):
+            session.exec(f"{self.FULL}; sleep 1000", shell=True)
+        with pytest.raises(SandboxLostError, match="disk_gb"):  # it stays what it is
+            session.read_bytes("/less")
+        (ref,) = engine.sessions.values()
+        eventually(lambda: ref.native.state == "lost")
 
 
 class TestKills(Direct):

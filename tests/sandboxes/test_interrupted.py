@@ -20,6 +20,7 @@ from ray_backend.sandbox.containers import NodeSurroundings
 from ray_backend.sandbox.engine.agent_volume import remove_agent
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.labels import CLUSTER, OwnerLabels, RayletId
+from ray_backend.sandbox.engine.link import abandoned_links
 from ray_backend.sandbox.engine.sweep import sweep
 from ray_backend.sandbox.host import SandboxHost
 from ray_backend.sandbox.plan import SandboxPlan
@@ -92,6 +93,7 @@ def test_killed_at(step: str, own: OwnEngine, docker_engine: Engine):
     assert process.returncode == -signal.SIGKILL, errors
     assert left_of(engine, cluster) or step == "create"
     sweep(engine, lambda: [SESSION], cluster, "tests")
+    assert not any(f"-{process.pid}-" in link.name for link in abandoned_links())
     assert len(engine.list_containers({CLUSTER: cluster})) == (step in LAUNCH[1:]) + (
         step in AGENT[1:]
     )

@@ -35,7 +35,12 @@ from ray_backend.ray_api import actor_record
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.labels import BUILD
 from tests.docker.support import BUSYBOX
-from tests.sandboxes.left import left_by_sessions, left_of_builds, left_of_sessions
+from tests.sandboxes.left import (
+    left_by_sessions,
+    left_of_builds,
+    left_of_sessions,
+    see_nothing_left,
+)
 from tests.support import eventually, finish, process_is_gone, read_line, running, start_driver
 
 pytestmark = pytest.mark.ray
@@ -58,16 +63,6 @@ def client(docker_engine: Engine, ray_cluster: str) -> Iterator[ControlPlaneClie
     """
     yield connect()
     see_nothing_left(docker_engine, but="seat")
-
-
-def see_nothing_left(engine: Engine, but: str = "-") -> None:
-    def left() -> list[str]:
-        return [each for each in left_by_sessions(engine) if not each.startswith(but)]
-
-    try:
-        eventually(lambda: not left(), 40)
-    except AssertionError:
-        raise AssertionError(left()) from None
 
 
 @pytest.fixture
@@ -296,11 +291,14 @@ def test_an_actor_does_not_grow(sandbox: Sandbox):
 
     async def cancel(count: int) -> None:
         for _ in range(count):
-            task = asyncio.ensure_future(session.aio.exec("sleep 1000"))
-            await asyncio.sleep(0.01)
+            line = "touch began; exec sleep 1000"
+            task = asyncio.ensure_future(session.aio.exec(line, shell=True))
+            while not await session.aio.exists("began"):
+                assert not task.done()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+            await session.aio.exec("rm began")
 
     with sandbox.create() as session:
         use(40)

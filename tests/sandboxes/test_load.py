@@ -11,12 +11,9 @@ import pytest
 import ray
 
 from apothic import App, SandboxSession
-from apothic.backend import connect
-from ray_backend.manager import instance_names
 from ray_backend.sandbox.engine.connection import Engine
-from tests.docker.support import left_of
+from tests.sandboxes.left import see_nothing_left
 from tests.sandboxes.test_direct import IMAGE
-from tests.support import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -41,7 +38,6 @@ def test_a_hundred_sessions_run_side_by_side(
     docker_engine: Engine,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    client = connect()
     sandbox = App("load").sandbox(
         name="load", image=IMAGE, cpu=0, memory_mb=MEMORY_MB, max_containers=SESSIONS
     )
@@ -76,8 +72,7 @@ def test_a_hundred_sessions_run_side_by_side(
         with ThreadPoolExecutor(CREATED_AT_ONCE) as threads:
             list(threads.map(lambda session: session.close(), sessions))
     assert len(exec_ms) == SESSIONS * EXECS
-    eventually(lambda: not left_of(docker_engine, client.cluster_id))
-    eventually(lambda: not instance_names())
+    see_nothing_left(docker_engine)
     ordered = sorted(exec_ms)
     figures = {
         "sessions_per_s": SESSIONS / created_s,

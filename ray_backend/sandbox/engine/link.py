@@ -28,7 +28,7 @@ from ray_backend.sandbox.engine.connection import Engine
 if TYPE_CHECKING:
     from ray_backend.sandbox.channel import ByteSink
 
-__all__ = ["LinkOffer", "LinkStream"]
+__all__ = ["LinkOffer", "LinkStream", "abandoned_links", "remove_abandoned_links"]
 
 ACCEPT_S = 60.0
 """Seconds for the agent to connect or to say that it cannot, from the start of its container on."""
@@ -50,7 +50,7 @@ class LinkOffer:
         Raises:
             OSError: they cannot be made here.
         """
-        _remove_abandoned()
+        remove_abandoned_links()
         self.directory = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
         self._listener = socket.socket(socket.AF_UNIX)
         try:
@@ -179,10 +179,22 @@ class LinkStream(asyncio.BufferedProtocol):
         self._writable.set()
 
 
-def _remove_abandoned() -> None:
-    """Remove what processes of ours left that were killed between the offer and the connection."""
+def abandoned_links() -> list[Path]:
+    """Find what processes of this user left that were killed between the offer and the connection."""
+    abandoned = []
     for found in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
         with contextlib.suppress(OSError, ValueError):
             pid = int(found.name.removeprefix(_PREFIX).partition("-")[0])
             if found.lstat().st_uid == os.geteuid() and not Path(f"/proc/{pid}").exists():
-                shutil.rmtree(found)
+                abandoned.append(found)
+    return abandoned
+
+
+def remove_abandoned_links() -> tuple[str, ...]:
+    """Remove what `abandoned_links` finds; give the paths of what is gone."""
+    removed = []
+    for found in abandoned_links():
+        with contextlib.suppress(OSError):
+            shutil.rmtree(found)
+            removed.append(str(found))
+    return tuple(removed)

@@ -9,6 +9,7 @@ from ray_backend.sandbox.engine.agent_volume import find_unfinished_volumes, rem
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.images import clean_builds
 from ray_backend.sandbox.engine.labels import CLUSTER, NAMESPACE, OwnerLabels, RayletId
+from ray_backend.sandbox.engine.link import remove_abandoned_links
 from ray_backend.sandbox.engine.network import list_networks, remove_network_if_unused
 
 __all__ = ["Swept", "is_doomed", "sweep"]
@@ -16,11 +17,20 @@ __all__ = ["Swept", "is_doomed", "sweep"]
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep removed: names of containers, volumes and networks, and how many build leftovers."""
+    """What a sweep removed.
+
+    Attributes:
+        containers: their names.
+        volumes: their names.
+        networks: their names.
+        links: paths of directories that dead processes had made for links to agents.
+        builds: how many leftovers of builds.
+    """
 
     containers: tuple[str, ...] = ()
     volumes: tuple[str, ...] = ()
     networks: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
     builds: int = 0
 
 
@@ -60,7 +70,9 @@ def sweep(
     namespace: str,
     raylet_alive: Callable[[RayletId], bool] = RayletId.is_alive,
 ) -> Swept:
-    """Remove containers, volumes and networks of dead owners, and leftovers of killed builds.
+    """Remove containers, volumes and networks of dead owners, and what killed processes left half done.
+
+    The latter are builds on the engine, and directories on this machine that a link was to be made in.
 
     Args:
         engine: of this node.
@@ -83,6 +95,7 @@ def sweep(
             raylet_alive=raylet_alive,
         )
 
+    links = remove_abandoned_links()
     listed = engine.list_containers({CLUSTER: None, NAMESPACE: namespace})
     unfinished = find_unfinished_volumes(engine)
     live = live_sessions()  # asked again for the few that it dooms
@@ -104,4 +117,6 @@ def sweep(
         and (network.owner.cluster == cluster_id or doomed(network.owner))
         and remove_network_if_unused(engine, network)
     ]
-    return Swept(tuple(containers), tuple(volumes), tuple(networks), clean_builds(engine))
+    return Swept(
+        tuple(containers), tuple(volumes), tuple(networks), links, builds=clean_builds(engine)
+    )
