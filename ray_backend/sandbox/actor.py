@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -338,9 +339,26 @@ def _surroundings(plan: SandboxPlan, registry: Registry) -> NodeSurroundings:
         fetch=fetch,
         secret=registry.get_secret,
         pin_volume=lambda name: registry.pin_volume(name, node_id),
-        node_addresses=lambda: sorted({node["NodeManagerAddress"] for node in live_nodes()}),
+        node_addresses=_node_addresses,
         arrive=arrive,
     )
+
+
+def _node_addresses() -> list[str]:
+    """Give the addresses of the cluster's nodes; of dead ones too, whose machines may live on.
+
+    But for a dead one's host name: it may be nobody's by now, and would then refuse every session.
+    """
+    nodes = [(node["NodeManagerAddress"], node["Alive"]) for node in live_nodes()]
+    return sorted({address for address, alive in nodes if alive or _is_numeric(address)})
+
+
+def _is_numeric(address: str) -> bool:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return True
 
 
 async def _next(items: AsyncIterator[Any]) -> Any:

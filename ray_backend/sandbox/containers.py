@@ -36,7 +36,12 @@ from ray_backend.sandbox.engine.images import ImageDefaults, ensure_image, image
 from ray_backend.sandbox.engine.labels import GPUS, SESSION, OwnerLabels
 from ray_backend.sandbox.engine.launch import Launched, launch
 from ray_backend.sandbox.engine.link import LinkOffer, LinkStream
-from ray_backend.sandbox.engine.network import internet_network, release_internet
+from ray_backend.sandbox.engine.network import (
+    internet_network,
+    public_nodes,
+    refresh_internet,
+    release_internet,
+)
 from ray_backend.sandbox.engine.outcome import ask_outcome
 from ray_backend.sandbox.engine.volumes import bind_volumes
 from ray_backend.sandbox.plan import SandboxPlan
@@ -48,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DISK_LOOK_S",
+    "NODES_LOOK_S",
     "NodeSurroundings",
     "SessionContainer",
     "find_container",
@@ -70,6 +76,9 @@ DIE_ON_EOF = "--die-on-eof"
 DISK_LOOK_S = 5.0
 """Seconds between two looks at what a container has written, where the engine cannot limit it."""
 
+NODES_LOOK_S = 30.0
+"""Seconds between two looks at the addresses of the cluster's nodes, for the packet filter."""
+
 _SPEAKER = "ray_backend.sandbox.agent_workspace"
 
 
@@ -81,7 +90,7 @@ class NodeSurroundings:
         owner: labels of what belongs to the session.
         node_id: this node.
         gpu_ids: the GPUs that the session may use.
-        node_addresses: gives the IPv4 addresses of the cluster's nodes, as they are now.
+        node_addresses: gives the addresses of the cluster's nodes, as they are now.
         fetch: gives a packed file by digest.
         secret: gives a secret's variables, None when it is not stored.
         pin_volume: ties a host-local volume to this node; gives the node it is tied to.
@@ -118,6 +127,8 @@ class SessionContainer:
         disk_gb: how much it may write while nobody but us looks, or None.
         internet: whether it uses the cluster's network.
         memory_mb: its limit.
+        public_nodes: the cluster's nodes that its packet filter was set for, see there; None where
+            that is not known.
     """
 
     engine: Engine
@@ -130,6 +141,7 @@ class SessionContainer:
     disk_gb: float | None
     internet: bool
     memory_mb: int
+    public_nodes: frozenset[str] | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -224,6 +236,32 @@ class SessionContainer:
             return False
         written = await asyncio.to_thread(self.engine.disk_bytes, self.id)
         return written is not None and written > self.disk_gb * 1000**3
+
+    async def block_nodes(
+        self, addresses: Callable[[], Sequence[str]], known: frozenset[str] | None
+    ) -> frozenset[str]:
+        """Set the packet filter again where others than the known nodes are to be kept out of reach.
+
+        Args:
+            addresses: as `NodeSurroundings.node_addresses`.
+            known: what this, or `public_nodes`, gave before.
+
+        Raises:
+            SandboxEngineError: when the rules are not in force, or a node's name is unknown.
+        """
+
+        def look() -> frozenset[str]:
+            # Nodes at private addresses come and go at no cost: those are closed in any case.
+            if known is not None and public_nodes(addresses()) == known:
+                return known
+            return refresh_internet(self.engine, self.owner, addresses)
+
+        looking = asyncio.ensure_future(asyncio.to_thread(look))
+        try:
+            return await asyncio.shield(looking)
+        except asyncio.CancelledError:
+            await asyncio.wait({looking})  # what helped to set the rules is gone then
+            raise
 
 
 async def find_container(plan: SandboxPlan, around: NodeSurroundings) -> SessionContainer | None:
@@ -350,6 +388,7 @@ async def open_container(
     # What speaks to agents takes 25 ms to import, which the engine needs anyway.
     threading.Thread(target=import_module, args=(_SPEAKER,), daemon=True).start()
     internet = plan.network == "internet"
+    nodes: frozenset[str] | None = None
     launched: Launched | None = None
     direct: LinkStream | None = None
     try:
@@ -358,6 +397,7 @@ async def open_container(
                 joining = internet_network(engine, owner, blocked=around.node_addresses, at=at)
                 network = await held.enter_async_context(_in_threads(joining))
                 spec = replace(spec, network=network.id, dns=network.dns)
+                nodes = network.public_nodes
             launched, direct = await _launch_linked(engine, spec, at)
     except BaseException:
         if launched is not None:  # cancelled while it left the network's lock
@@ -379,6 +419,7 @@ async def open_container(
         disk_gb=options.disk_gb if launched.disk_limit == "watch" else None,
         internet=internet,
         memory_mb=options.memory_mb,
+        public_nodes=nodes,
     )
 
 

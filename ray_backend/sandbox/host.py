@@ -24,6 +24,7 @@ from apothic.errors import (
 from apothic.session_core import SessionCore
 from ray_backend.sandbox.containers import (
     DISK_LOOK_S,
+    NODES_LOOK_S,
     NodeSurroundings,
     SessionContainer,
     find_container,
@@ -218,6 +219,8 @@ class SandboxHost:
         self._watching.append(asyncio.create_task(self._watch_loss(workspace, container)))
         if container.disk_gb is not None:
             self._watching.append(asyncio.create_task(self._watch_disk(workspace, container)))
+        if container.internet:
+            self._watching.append(asyncio.create_task(self._watch_nodes(container)))
 
     def _tell(self, line: str) -> None:
         self._progress = line
@@ -245,6 +248,8 @@ class SandboxHost:
                 await self._core.close()
             elif self._restarted and self._container is None:
                 await remove_leftover(self._plan, self._around)
+        if self._watching:
+            await asyncio.wait(self._watching)
         self.state = "closed"
 
     @contextlib.contextmanager
@@ -279,6 +284,19 @@ class SandboxHost:
                         )
                     )
                     await container.remove()
+
+    async def _watch_nodes(self, container: SessionContainer) -> None:
+        """Keep nodes out of reach that join the cluster later: their addresses may be public."""
+        known = container.public_nodes
+        if known is not None:  # else it was found again, and nobody has looked meanwhile
+            await asyncio.sleep(NODES_LOOK_S)
+        while self.state == "ready":
+            # Whatever fails, the GCS or the engine: the next look tries again.
+            try:
+                known = await container.block_nodes(self._around.node_addresses, known)
+            except Exception as error:
+                self._engine_failed = self._engine_failed or isinstance(error, SandboxEngineError)
+            await asyncio.sleep(NODES_LOOK_S)
 
     def _closed_error(self) -> SandboxClosedError:
         return SandboxClosedError(f"{self._plan.label} is closed. Open another session.")

@@ -17,6 +17,7 @@ from ray_backend.sandbox.engine.launch import Launched
 from ray_backend.sandbox.engine.network import (
     internet_network,
     list_networks,
+    refresh_internet,
     release_internet,
 )
 from ray_backend.sandbox.engine.sweep import sweep
@@ -140,6 +141,7 @@ def test_public_addresses_pass_but_for_the_cluster_s(engine: Engine, owner: Owne
 
 def test_stays_while_it_is_used(engine: Engine, owner: OwnerLabels):
     with internet_network(engine, owner) as first:
+        assert engine.api.inspect_network(first.id)["EnableIPv6"] is False
         created = engine.create_container(spec_of(owner, network=first.id))
         assert not release_internet(engine, owner)  # someone is creating just now
     assert not release_internet(engine, owner)  # created, not started
@@ -151,6 +153,25 @@ def test_stays_while_it_is_used(engine: Engine, owner: OwnerLabels):
     engine.remove(created.id)
     assert release_internet(engine, owner)
     assert not release_internet(engine, owner)
+    assert rules_of(engine, owner) == ""
+
+
+def test_rules_are_set_again_for_other_nodes(engine: Engine, owner: OwnerLabels):
+    assert refresh_internet(engine, owner, lambda: ["8.8.4.4"]) == frozenset()  # no network
+    assert rules_of(engine, owner) == ""
+    with internet_network(engine, owner, blocked=lambda: ["10.0.0.1", "8.8.8.8"]) as network:
+        assert network.public_nodes == {"8.8.8.8/32"}
+        before = rules_of(engine, owner)
+        joined = ["10.0.0.1", "8.8.8.8", "8.8.4.4", "2001:db8::1"]
+        assert refresh_internet(engine, owner, lambda: joined) == {"8.8.8.8/32", "8.8.4.4/32"}
+        after = rules_of(engine, owner)
+        new = [line for line in after.splitlines() if line not in before.splitlines()]
+        assert [line.split()[3] for line in new] == ["8.8.4.4/32"]
+        assert len(after.splitlines()) == len(before.splitlines()) + 1
+        with pytest.raises(SandboxNetworkError, match=r"'no\.\.name'"):
+            refresh_internet(engine, owner, lambda: ["no..name"])
+        assert rules_of(engine, owner) == after
+    assert release_internet(engine, owner)
     assert rules_of(engine, owner) == ""
 
 

@@ -36,6 +36,7 @@ class DirectEngine(FakeControlPlane):
         self.specs: dict[str, SandboxSpec] = {}
         self.blobs: dict[str, bytes] = {}
         self.secrets: dict[str, dict[str, str]] = {}
+        self.node_addresses: list[str] = []
         self._sandbox_lock = threading.Lock()
 
     @override
@@ -74,6 +75,7 @@ class DirectEngine(FakeControlPlane):
             fetch=self.blobs.__getitem__,
             secret=self.secrets.get,
             pin_volume=lambda name: NODE,
+            node_addresses=lambda: self.node_addresses,
         )
 
     @override

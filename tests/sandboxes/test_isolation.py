@@ -20,13 +20,16 @@ from apothic import App, Secret
 from apothic.backend import use_client
 from apothic.errors import SandboxFileError, SandboxPermissionError
 from apothic.session import SandboxSession
+from ray_backend.sandbox import host
 from ray_backend.sandbox.agent.constants import MAGIC, FrameType
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.container import CAPABILITIES, OPEN_FILES
+from ray_backend.sandbox.engine.firewall import read_rules
 from ray_backend.sandbox.protocol import encode_frame
-from tests.docker.support import left_of
+from tests.docker.support import left_of, new_owner
 from tests.sandboxes.direct import DirectEngine
 from tests.sandboxes.test_direct import IMAGE
+from tests.support import eventually
 
 PYTHON = "/usr/bin/python3"
 TOKEN = "hunter2-of-another-session"
@@ -531,6 +534,26 @@ def test_neither_the_host_nor_another_session_is_reached(
     while len(came) < 2:
         pass
     assert sorted(one.split()[0] for one in came) == ["tcp", "udp"], came
+
+
+def test_nodes_that_join_under_public_addresses_are_out_of_reach(
+    engine: DirectEngine, docker_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sessions of the cluster share the rules: others that live on here find the same nodes."""
+
+    def blocked(address: str) -> bool:
+        found = read_rules(docker_engine, new_owner())
+        return f"-d {address}/32 -j REJECT" in found
+
+    monkeypatch.setattr(host, "NODES_LOOK_S", 0.2)
+    monkeypatch.setattr(engine, "node_addresses", ["10.9.9.1", "8.8.8.8"])
+    with opened("joined", "internet") as session:
+        assert blocked("8.8.8.8")
+        assert not blocked("8.8.4.4")
+        monkeypatch.setattr(engine, "node_addresses", ["10.9.9.1", "8.8.8.8", "8.8.4.4"])
+        eventually(lambda: blocked("8.8.4.4"), 30)
+        assert blocked("8.8.8.8")
+        assert session.exec(["echo", "here"]).stdout == "here\n"
 
 
 def test_a_session_without_a_network_has_none(alone: SandboxSession) -> None:

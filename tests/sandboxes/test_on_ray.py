@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import ray
 from apothic import App, Sandbox, SandboxSession
 from apothic.backend import ControlPlaneClient, connect
 from ray_backend.sandbox.engine.connection import Engine
+from ray_backend.sandbox.engine.firewall import Rules, read_rules
+from ray_backend.sandbox.engine.network import list_networks
 from tests.conformance.sandboxes.base import SMALL, SandboxSuite, marked
 from tests.conformance.sandboxes.execs import ExecConformance
 from tests.conformance.sandboxes.files import FileConformance
 from tests.conformance.sandboxes.kills import KillConformance
 from tests.conformance.sandboxes.sessions import SessionConformance, SharedSessionConformance
 from tests.conformance.sandboxes.volumes_of_data import DataConformance
-from tests.docker.support import left_of
+from tests.docker.support import left_of, new_owner
 from tests.sandboxes.inside import ContainerConformance
 from tests.sandboxes.test_direct import IMAGE
 from tests.support import eventually
@@ -79,6 +82,62 @@ class TestRayProcesses(OnRay):
         loaded = Path(f"/proc/{pid}/maps").read_text()
         assert "_raylet" in loaded
         assert not re.search("pydantic|numpy", loaded)
+
+
+LISTEN = """
+import socket
+server = socket.create_server(("0.0.0.0", 0))
+print(socket.gethostbyname(socket.gethostname()), server.getsockname()[1], flush=True)
+while True: server.accept()[0].close()
+"""
+
+REACH = """
+import socket, sys
+for target in sys.argv[1:]:
+    address, port = target.split(":")
+    try:
+        socket.create_connection((address, int(port)), timeout=2).close()
+        print(target)
+    except OSError:
+        pass
+"""
+
+
+class TestRayNetworks(OnRay):
+    def test_the_cluster_s_nodes_are_out_of_reach(
+        self,
+        define: Callable[..., Sandbox],
+        docker_engine: Engine,
+        ray_cluster: str,
+        python: str,
+    ) -> None:
+        """By a rule for each, which is there because the session's actor has asked Ray for them."""
+        nodes = sorted({each["NodeManagerAddress"] for each in ray.nodes()})
+        assert nodes
+        host, _, port = ray_cluster.rpartition(":")
+        with (
+            define(network="internet").create() as session,
+            session.exec_stream([python, "-c", LISTEN]) as listener,
+        ):
+            control = ":".join(next(listener).text.split())
+            [network] = [
+                one
+                for one in list_networks(docker_engine)
+                if one.owner is not None and one.owner.cluster == connect().cluster_id
+            ]
+            chain = Rules(network.bridge).out_chain
+            lines = read_rules(docker_engine, new_owner()).splitlines()
+            for node in nodes:
+                wanted = f"-A {chain} -d {node}/32 -j REJECT"
+                assert any(line.startswith(wanted) for line in lines), node
+
+            # The GCS listens, as it does for those outside; and the probe inside finds who listens.
+            socket.create_connection((host, int(port)), timeout=5).close()
+            [config] = docker_engine.api.inspect_network(network.id)["IPAM"]["Config"]
+            hosts = {host, *nodes, config["Gateway"]} - {"127.0.0.1"}  # which is its own inside
+            targets = [f"{one}:{port}" for one in sorted(hosts)]
+            probe = session.exec([python, "-c", REACH, *targets, control]).check()
+            assert probe.stdout == f"{control}\n"
 
 
 class TestRayImages(OnRay):

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from apothic.errors import SandboxEngineError, SandboxNetworkError
@@ -21,7 +22,16 @@ from ray_backend.sandbox.engine.helper import helper_container
 from ray_backend.sandbox.engine.labels import OwnerLabels
 from ray_backend.sandbox.engine.translate import translated
 
-__all__ = ["BRIDGE_PREFIX", "Rules", "enforce", "host_name_servers", "read_rules", "remove_rules"]
+__all__ = [
+    "BRIDGE_PREFIX",
+    "Rules",
+    "enforce",
+    "host_name_servers",
+    "ipv4_networks",
+    "is_private",
+    "read_rules",
+    "remove_rules",
+]
 
 BRIDGE_PREFIX = "apo"
 _CHAIN = re.compile(r"^-N (APO-(apo[0-9a-f]{8})-(?:OUT|HOST))$", re.MULTILINE)
@@ -62,8 +72,8 @@ class Rules:
     Attributes:
         bridge: the interface.
         name_servers: IPv4 addresses whose port 53 may be reached.
-        blocked: further addresses and networks that may not: those of the cluster's nodes, which may
-            be public.
+        blocked: further networks that may not, as `ipv4_networks` gives them: the cluster's nodes,
+            which may be public.
     """
 
     bridge: str
@@ -88,7 +98,7 @@ class Rules:
             for server in self.name_servers
             for protocol in ("udp", "tcp")
         ]
-        ranges = [*PRIVATE_RANGES, *sorted({_network(one) for one in self.blocked})]
+        ranges = [*PRIVATE_RANGES, *self.blocked]
         return [
             *allowed,
             *(f"-A {out} -d {one} {_REJECT}" for one in ranges),
@@ -103,6 +113,46 @@ class Rules:
         )
 
 
+def ipv4_networks(addresses: Iterable[str]) -> tuple[str, ...]:
+    """Give addresses and networks as ``iptables -S`` prints them, each once, host names resolved.
+
+    Raises:
+        SandboxNetworkError: when a host name has no IPv4 address, as its node may be public.
+    """
+    return tuple(sorted({network for one in addresses for network in _networks(one)}))
+
+
+def is_private(network: str) -> bool:
+    """Tell whether a network is out of reach in any case."""
+    inner = ipaddress.IPv4Network(network)
+    return any(inner.subnet_of(ipaddress.IPv4Network(outer)) for outer in PRIVATE_RANGES)
+
+
+def _networks(address: str) -> list[str]:
+    try:
+        found = ipaddress.ip_network(address, strict=False)
+    except ValueError:
+        return _resolved(address)
+    if isinstance(found, ipaddress.IPv4Network):
+        return [str(found)]
+    mapped = found.network_address.ipv4_mapped
+    # Other IPv6 addresses need no rule: the network has no IPv6, so there is no way to them.
+    return [] if mapped is None else [f"{mapped}/32"]
+
+
+def _resolved(name: str) -> list[str]:
+    try:
+        found = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # the latter of what can be no name
+        raise SandboxNetworkError(
+            f"the cluster has a node with the address {name!r}, which must be kept out of reach of "
+            f"network='internet', but is no IP address and cannot be resolved to IPv4 on this node: "
+            f"{error}. Start Ray there with --node-ip-address and an IP address, or make the name "
+            f"known here (/etc/hosts), or use network='none'."
+        ) from error
+    return [f"{address[4][0]}/32" for address in found]
+
+
 def enforce(engine: Engine, owner: OwnerLabels, rules: Rules) -> None:
     """Set the rules, read them back, and make sure that nothing comes before them.
 
@@ -113,6 +163,14 @@ def enforce(engine: Engine, owner: OwnerLabels, rules: Rules) -> None:
         raise SandboxNetworkError(
             f"the Docker engine of this node is rootless: packets to the host do not pass its "
             f"filter. {_REMEDY}"
+        )
+    if engine.info.firewall.startswith("nftables"):
+        # Its rules are in tables of its own, which iptables neither shows nor comes before; and a
+        # chain DOCKER-USER that an earlier start has left is no part of them.
+        raise SandboxNetworkError(
+            f"the Docker engine of this node filters with nftables (it says FirewallBackend="
+            f"{engine.info.firewall!r}), where isolation cannot be checked. Set "
+            f'"firewall-backend": "iptables" in /etc/docker/daemon.json and restart Docker. {_REMEDY}'
         )
     restore = "\n".join(
         [
@@ -207,8 +265,19 @@ def _problem(rules: Rules, found: str) -> str | None:
     forward = [line for line in lines if line.startswith("-A FORWARD ")]
     if forward[:1] != ["-A FORWARD -j DOCKER-USER"]:
         return f"another rule comes before the engine's own: {(forward or ['none'])[0]}"
-    if f"-A FORWARD -i {rules.bridge} -o {rules.bridge} -j DROP" not in forward:
-        return "the engine does not keep containers of the network apart"
+    apart = f"-i {rules.bridge} -o {rules.bridge} -j DROP"
+    # Where Docker 28.0.1 and newer have it, and where older engines do.
+    if not (
+        _is_reached(f"FORWARD {apart}", rules.bridge, lines)
+        or (
+            _is_reached("FORWARD -j DOCKER-FORWARD", rules.bridge, lines)
+            and _is_reached(f"DOCKER-FORWARD {apart}", rules.bridge, lines)
+        )
+    ):
+        return (
+            f"the engine does not keep containers of the network apart: packets come to the rule "
+            f"{apart!r} neither in chain FORWARD nor in a chain DOCKER-FORWARD that FORWARD jumps to"
+        )
     for jump in rules.jumps():
         parent = jump.partition(" ")[0]
         for line in lines:
@@ -219,6 +288,23 @@ def _problem(rules: Rules, found: str) -> str | None:
         else:
             return f"rule {jump!r} is missing"
     return None
+
+
+def _is_reached(rule: str, bridge: str, lines: Sequence[str]) -> bool:
+    """Tell whether a rule is there, and none before it that ends its chain for all of a bridge."""
+    chain = rule.partition(" ")[0]
+    either = (f"-i {bridge} ", f"-o {bridge} ")
+    ends = {
+        f"-A {chain} {of}-j {verdict}"
+        for of in ("", *either, "".join(either))
+        for verdict in ("ACCEPT", "RETURN")
+    }
+    for line in lines:
+        if line == f"-A {rule}":
+            return True
+        if line in ends:
+            return False
+    return False
 
 
 def _run(engine: Engine, owner: OwnerLabels, script: str) -> str:
@@ -262,7 +348,3 @@ def _run_with(engine: Engine, owner: OwnerLabels, script: str, paths: Sequence[s
         if status != 0:
             raise SandboxEngineError(f"{output.strip() or f'exit status {status}'}.")
         return output
-
-
-def _network(address: str) -> str:
-    return str(ipaddress.IPv4Network(address, strict=False))

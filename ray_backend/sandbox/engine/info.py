@@ -27,6 +27,8 @@ class EngineInfo:
         default_runtime: the one that it takes where none is named.
         rootless: whether it runs without root.
         seccomp: whether it filters system calls by default.
+        firewall: what it filters packets with, ``iptables`` or ``nftables``, perhaps with
+            ``+firewalld``; empty where it does not say: Docker before 28.1 knows only iptables.
         missing_limits: those of ``memory``, ``pids`` and ``cpu`` that it cannot enforce.
     """
 
@@ -38,6 +40,7 @@ class EngineInfo:
     default_runtime: str
     rootless: bool
     seccomp: bool
+    firewall: str
     missing_limits: tuple[str, ...]
 
     @classmethod
@@ -59,6 +62,7 @@ class EngineInfo:
                 "name=seccomp" in option and "profile=unconfined" not in option
                 for option in security
             ),
+            firewall=str((found.get("FirewallBackend") or {}).get("Driver", "")),
             missing_limits=tuple(name for name, key in limits.items() if found.get(key) is False),
         )
 

@@ -2,7 +2,7 @@
 
 Containers on it reach public addresses and nothing else: not one another, not the host under any of
 its addresses, no private range, not the cluster's nodes. Where that is not in force, no container
-starts. IPv6 is off on it.
+starts. IPv6 is off on it, so rules for IPv4 are all there are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import docker.errors
 
+from apothic.errors import SandboxNetworkError
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.faults import FaultPoint, no_fault
 from ray_backend.sandbox.engine.firewall import (
@@ -22,6 +23,8 @@ from ray_backend.sandbox.engine.firewall import (
     Rules,
     enforce,
     host_name_servers,
+    ipv4_networks,
+    is_private,
     remove_rules,
 )
 from ray_backend.sandbox.engine.labels import BRIDGE, NETWORK, OwnerLabels
@@ -33,6 +36,8 @@ __all__ = [
     "InternetNetwork",
     "internet_network",
     "list_networks",
+    "public_nodes",
+    "refresh_internet",
     "release_internet",
     "remove_network_if_unused",
 ]
@@ -53,8 +58,9 @@ class InternetNetwork:
         id: for `ContainerSpec.network`.
         name: readable.
         bridge: its interface on the host.
-        dns: for `ContainerSpec.dns`.
         owner: whose it is; None when the labels are not all ours.
+        dns: for `ContainerSpec.dns`.
+        public_nodes: see there; of the rules that were set.
     """
 
     id: str
@@ -62,6 +68,7 @@ class InternetNetwork:
     bridge: str
     owner: OwnerLabels | None
     dns: tuple[str, ...] = ()
+    public_nodes: frozenset[str] = frozenset()
 
 
 @contextmanager
@@ -79,24 +86,48 @@ def internet_network(
     Args:
         engine: where.
         owner: for whom.
-        blocked: gives the IPv4 addresses of the cluster's nodes and other networks to keep out of
-            reach; asked when the rules are set, as all containers of the network share them.
+        blocked: gives the addresses of the cluster's nodes and other networks to keep out of reach;
+            asked when the rules are set, as all containers of the network share them.
         at: called with ``network``, ``network-rules``.
 
     Raises:
         SandboxNetworkError: when the node cannot enforce the isolation, with the reason.
     """
     shared = OwnerLabels(owner.cluster, owner.namespace, owner.raylet)
-    given = os.environ.get(DNS_VARIABLE, "").replace(",", " ").split()
+    given = _given_name_servers()
     with held("network", engine.info.id, owner.cluster, owner.namespace, shared=True):
         with held("network-setup", engine.info.id):
             network = _find(engine, shared) or _create(engine, shared)
             at("network")
-            # What helps with it is the session's: a sweep finds it when this process is killed.
-            servers = tuple(given) or host_name_servers(engine, owner)
-            enforce(engine, owner, Rules(network.bridge, servers, tuple(blocked())))
+            _refuse_ipv6(engine, network)
+            nodes = _set_rules(engine, owner, network, blocked)
             at("network-rules")
-        yield InternetNetwork(network.id, network.name, network.bridge, network.owner, tuple(given))
+        yield replace(network, dns=given, public_nodes=nodes)
+
+
+def refresh_internet(
+    engine: Engine, owner: OwnerLabels, blocked: Callable[[], Sequence[str]]
+) -> frozenset[str]:
+    """Set the rules of the cluster's network again, as its nodes have changed; give `public_nodes`.
+
+    Containers run on meanwhile, and are not without rules for a moment.
+
+    Raises:
+        SandboxNetworkError: when they are not in force afterwards, with the reason.
+    """
+    with held("network-setup", engine.info.id):
+        network = _find(engine, owner)
+        # None: it went with its last container just now.
+        return frozenset() if network is None else _set_rules(engine, owner, network, blocked)
+
+
+def public_nodes(addresses: Sequence[str]) -> frozenset[str]:
+    """Give what only a rule of its own keeps out of reach: other addresses are in private ranges.
+
+    Raises:
+        SandboxNetworkError: when a host name cannot be resolved.
+    """
+    return _public(ipv4_networks(addresses))
 
 
 def release_internet(engine: Engine, owner: OwnerLabels) -> bool:
@@ -172,6 +203,38 @@ def _find(engine: Engine, owner: OwnerLabels) -> InternetNetwork | None:
     return None
 
 
+def _given_name_servers() -> tuple[str, ...]:
+    return tuple(os.environ.get(DNS_VARIABLE, "").replace(",", " ").split())
+
+
+def _set_rules(
+    engine: Engine,
+    owner: OwnerLabels,
+    network: InternetNetwork,
+    blocked: Callable[[], Sequence[str]],
+) -> frozenset[str]:
+    # What helps with it is the session's: a sweep finds it when this process is killed.
+    servers = _given_name_servers() or host_name_servers(engine, owner)
+    networks = ipv4_networks(blocked())
+    enforce(engine, owner, Rules(network.bridge, servers, networks))
+    return _public(networks)
+
+
+def _public(networks: Sequence[str]) -> frozenset[str]:
+    return frozenset(one for one in networks if not is_private(one))
+
+
+def _refuse_ipv6(engine: Engine, network: InternetNetwork) -> None:
+    with translated(f"inspect the network {network.name!r}"):
+        found = engine.api.inspect_network(network.id)
+    if found.get("EnableIPv6"):
+        raise SandboxNetworkError(
+            f"the network {network.name!r} of this node has IPv6, for which there are no rules. Close "
+            f"the sessions that use it, remove it ('docker network rm {network.name}'), and take "
+            f"enable_ipv6 out of default-network-opts in /etc/docker/daemon.json if it is there."
+        )
+
+
 def _create(engine: Engine, owner: OwnerLabels) -> InternetNetwork:
     bridge = BRIDGE_PREFIX + secrets.token_hex(4)
     name = f"apothic-internet-{bridge}"
@@ -183,6 +246,8 @@ def _create(engine: Engine, owner: OwnerLabels) -> InternetNetwork:
                 "com.docker.network.bridge.name": bridge,
                 "com.docker.network.bridge.enable_icc": "false",
                 "com.docker.network.bridge.enable_ip_masquerade": "true",
+                # docker-py leaves a false `enable_ipv6` out, and the default may be the engine's own.
+                "com.docker.network.enable_ipv6": "false",
             },
             labels={**owner.as_labels(), NETWORK: "internet", BRIDGE: bridge},
             enable_ipv6=False,
