@@ -108,6 +108,13 @@ def test_what_a_program_does_to_its_keeper_does_not_reach_the_next(any_agent: Ag
     assert resting(any_agent) == keeper
 
 
+def test_when_memory_runs_out_programs_go_before_their_keeper(any_agent: Agent):
+    for _ in range(3):
+        ran = any_agent.run(["sh", "-c", "cat /proc/$$/oom_score_adj /proc/$PPID/oom_score_adj"])
+        program, keeper = map(int, ran.stdout.split())
+        assert program == keeper + 100
+
+
 def test_one_that_is_not_wanted_any_more_ends_even_if_it_was_stopped(any_agent: Agent):
     any_agent.run(["true"])
     keeper = resting(any_agent)

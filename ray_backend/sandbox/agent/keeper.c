@@ -211,6 +211,48 @@ static void keep(struct keeping *k) {
         _exit(0);
 }
 
+/* What root in the sandbox can write about this process, although it is fenced, and its children
+   inherit. Put back each time: to look at it from the agent costs ten times as much. */
+static struct trait {
+    const char *path;
+    int base, more; /* more: what leaders have more than this process */
+    int fd;
+    char own[24], leaders[24];
+} traits[] = {
+    /* When memory runs out, programs go before the agent and the keepers. That a leader inherits its
+       score spares it the way through /proc. */
+    {.path = "/proc/self/oom_score_adj", .base = 10, .more = OOM_SCORE_MORE},
+    {.path = "/proc/self/coredump_filter", .base = 16},
+};
+#define TRAITS (sizeof traits / sizeof traits[0])
+#define SCORE (&traits[0])
+
+static void put(int fd, const char *text) {
+    if (fd >= 0 && text[0] != '\0' && pwrite(fd, text, strlen(text), 0) < 0) {
+        /* it stays: no exec is worth less for it */
+    }
+}
+
+static void keep_traits(void) {
+    for (struct trait *t = traits; t < traits + TRAITS; t++) {
+        char text[sizeof t->own] = "";
+        t->fd = open(t->path, O_RDWR | O_CLOEXEC);
+        if (t->fd < 0 || read(t->fd, text, sizeof text - 1) <= 0)
+            continue;
+        long own = strtol(text, NULL, t->base), leaders = own + t->more;
+        if (t->more > 0 && leaders > OOM_SCORE_MAX)
+            leaders = OOM_SCORE_MAX;
+        snprintf(t->own, sizeof t->own, "%ld", own);
+        snprintf(t->leaders, sizeof t->leaders, "%ld", leaders);
+    }
+}
+
+/* Have what is forked next inherit what leaders have. */
+static void put_traits(void) {
+    for (const struct trait *t = traits; t < traits + TRAITS; t++)
+        put(t->fd, t->leaders);
+}
+
 /* Do one exec; `memory` is freed as soon as the program runs. */
 static void keeper_exec(const struct exec_request *request, void *memory,
                         const struct keeper_ends *ends, const struct agent_origin *origin) {
@@ -219,8 +261,11 @@ static void keeper_exec(const struct exec_request *request, void *memory,
     struct failure failure = {0, STAGE_USER};
     failure.error = resolve_user(request->user, &who);
     k.started_ns = now_ns();
-    if (failure.error == 0)
+    if (failure.error == 0) {
+        put_traits();
         k.leader = leader_start(request, ends, &who, origin, &failure);
+        put(SCORE->fd, SCORE->own);
+    }
     if (failure.error != 0) {
         if (k.leader > 0)
             waitpid(k.leader, NULL, 0);
@@ -243,43 +288,6 @@ static void keeper_exec(const struct exec_request *request, void *memory,
 }
 
 /* ---- one exec after another ---- */
-
-/* What root in the sandbox can write about this process, although it is fenced, and its children
-   inherit. Put back each time: to look at it from the agent costs ten times as much. */
-static struct trait {
-    const char *path;
-    int base, more; /* more: than the agent's */
-    int fd;
-    char text[24];
-    size_t length;
-} traits[] = {
-    /* When memory runs out, programs go before the agent, and so, for all it has, may a keeper. That
-       they get it from there spares each leader the way through /proc. */
-    {.path = "/proc/self/oom_score_adj", .base = 10, .more = OOM_SCORE_MORE},
-    {.path = "/proc/self/coredump_filter", .base = 16},
-};
-#define TRAITS (sizeof traits / sizeof traits[0])
-
-static void put_traits(void) {
-    for (const struct trait *t = traits; t < traits + TRAITS; t++)
-        if (t->length > 0 && pwrite(t->fd, t->text, t->length, 0) < 0) {
-            /* it stays: no exec is worth less for it */
-        }
-}
-
-static void keep_traits(void) {
-    for (struct trait *t = traits; t < traits + TRAITS; t++) {
-        char text[sizeof t->text] = "";
-        t->fd = open(t->path, O_RDWR | O_CLOEXEC);
-        if (t->fd < 0 || read(t->fd, text, sizeof text - 1) <= 0)
-            continue;
-        long value = strtol(text, NULL, t->base) + t->more;
-        if (t->more > 0 && value > OOM_SCORE_MAX)
-            value = OOM_SCORE_MAX;
-        t->length = (size_t)snprintf(t->text, sizeof t->text, "%ld", value);
-    }
-    put_traits();
-}
 
 #define ENDS_MAX 5
 
@@ -353,7 +361,6 @@ static _Noreturn void keeper_run(const struct exec_request *first, void *memory,
         keeper_exec(&request, memory, &ends, origin);
         memory = NULL;
         wait_for_next(&ends, &request);
-        put_traits();
     }
 }
 
