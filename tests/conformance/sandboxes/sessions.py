@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,6 +20,7 @@ from apothic.errors import (
     SandboxLimitError,
     SandboxSessionNotFoundError,
 )
+from apothic.session_calls import PART_BYTES, PARTS_IN_FLIGHT
 from tests.conformance.sandboxes.base import SandboxSuite
 from tests.support import eventually
 
@@ -100,6 +101,19 @@ class SessionConformance(SandboxSuite):
             with pytest.raises(SandboxClosedError, match="closed"):
                 call()
         assert "closed" in repr(session)
+
+    def test_close_during_an_upload(self, sandbox: Sandbox) -> None:
+        session = self.open(sandbox)
+        sizes = [PART_BYTES] * (PARTS_IN_FLIGHT + 2)
+
+        def parts() -> Iterator[bytes]:
+            for number, size in enumerate(sizes):
+                if number == PARTS_IN_FLIGHT + 1:  # of which one at least has arrived
+                    assert session.close().closed
+                yield bytes(size)
+
+        with pytest.raises(SandboxClosedError, match="closed"):
+            session._upload(b"file", parts(), sum(sizes), False)
 
     def test_with_closes(self, sandbox: Sandbox) -> None:
         with self.open(sandbox) as session:
