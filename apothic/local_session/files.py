@@ -21,7 +21,10 @@ __all__ = ["LocalReader", "LocalWriter", "finished"]
 _T = TypeVar("_T")
 # Without O_NONBLOCK, opening a pipe would wait for its other end.
 _OPEN_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-_NO_RESERVATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV)
+_NO_RESERVATION = (
+    errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV,
+    errno.EBADF,  # glibc's, which would write there: not to what is open for appending
+)  # fmt: skip
 _STEP_BYTES = 1024 * 1024  # between two of them an abort is heard
 
 

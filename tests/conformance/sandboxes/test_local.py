@@ -29,6 +29,7 @@ from apothic.errors import (
     HandleError,
     SandboxClosedError,
     SandboxLostError,
+    SandboxNoSpaceError,
     SandboxPermissionError,
     SerializationError,
 )
@@ -40,7 +41,7 @@ from tests.conformance.sandboxes.files import FileConformance
 from tests.conformance.sandboxes.kills import InterruptConformance, KillConformance
 from tests.conformance.sandboxes.sessions import SessionConformance
 from tests.conformance.sandboxes.volumes_of_data import DataConformance
-from tests.support import as_root, eventually, process_is_gone
+from tests.support import as_root, eventually, mounted, process_is_gone
 
 __all__ = ["marked"]
 
@@ -282,6 +283,38 @@ class TestLocalOnly(Local):
             for found in place.iterdir():
                 assert found.read_bytes() in (source.read_bytes(), bytes(PART_BYTES))
                 assert not is_open(found)
+
+    def test_a_full_disk_leaves_the_old_content(self, sandbox: Sandbox, tmp_path: Path) -> None:
+        old, source = os.urandom(300_000), tmp_path / "source"
+        source.write_bytes(bytes(PART_BYTES + 1))
+        with (
+            mounted("tmpfs", tmp_path / "disk", "size=1m") as disk,
+            sandbox.local(cwd=str(disk)) as session,
+        ):
+            session.write_bytes("file", old)
+            for path in ("file", "new"):
+                for write in (
+                    lambda path: session.upload_file(source, path),
+                    lambda path: session.write_bytes(path, bytes(2_000_000)),
+                    lambda path: session.write_bytes(path, bytes(2_000_000), append=True),
+                ):
+                    with pytest.raises(SandboxNoSpaceError, match=f"/{path}'"):
+                        write(path)
+                    assert (disk / "file").read_bytes() == old
+                    assert session.listdir() == ["file"]
+            session.write_bytes("new", bytes(500_000))  # what was reserved is free again
+            session.write_bytes("file", b"more", append=True)
+            assert (disk / "file").read_bytes() == old + b"more"
+
+    def test_a_disk_that_reserves_nothing(self, sandbox: Sandbox, tmp_path: Path) -> None:
+        with (
+            mounted("ramfs", tmp_path / "disk") as disk,
+            sandbox.local(cwd=str(disk)) as session,
+        ):
+            for append in (False, True):
+                session.write_bytes("file", b"some", append=append)
+            session.write_bytes("file", bytes(PART_BYTES + 1), append=True)
+            assert (disk / "file").read_bytes() == b"somesome" + bytes(PART_BYTES + 1)
 
     def test_an_abort_waits_for_the_write_that_it_ends(self, engine: None) -> None:
         """The descriptor would be another file's by then."""
