@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -260,6 +260,14 @@ class SandboxRef(ABC):
     @abstractmethod
     def handle(self) -> SandboxHandle:
         """Where it is, as a value."""
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for references to this very session only: not for a later one of its name.
+
+        Asked for once it is ready. The default suits where a session has one reference in a process.
+        """
+        return self
 
     @property
     @abstractmethod

@@ -266,6 +266,9 @@ class SandboxSession:
     ) -> Steps[str]:
         """Write a file. One that exists keeps mode, owner and links.
 
+        When it is cut off midway, a new file is removed; over what was there is then the beginning of
+        the new content.
+
         Args:
             path: where.
             content: what.
@@ -278,7 +281,8 @@ class SandboxSession:
         Raises:
             SandboxFileNotFoundError: its directory is missing.
             SandboxIsADirectoryError: it is a directory.
-            SandboxNoSpaceError: the disk is full; what was there is whole.
+            SandboxNoSpaceError: the disk is full. What was there is whole where the file system can
+                reserve space: ext4, XFS, Btrfs, tmpfs, overlays of them.
         """
         if not isinstance(content, (bytes, bytearray, memoryview)):
             raise InvalidOptionError(
@@ -316,6 +320,9 @@ class SandboxSession:
     ) -> str:
         """Copy a file from this machine into the session, in constant memory.
 
+        When it is cut off midway, a new file is removed; over what was there is then the beginning of
+        the new content.
+
         Args:
             local_path: a file here.
             remote_path: a file there; one that exists keeps mode, owner and links.
@@ -326,7 +333,7 @@ class SandboxSession:
 
         Raises:
             OSError: the local file cannot be read; the builtin error of its kind.
-            SandboxFileError: the remote one cannot be written.
+            SandboxFileError: the remote one cannot be written; a full disk is as for `write_bytes`.
         """
         path = path_bytes(remote_path)
         with open(local_path, "rb") as source:

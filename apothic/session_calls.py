@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from apothic.backend import CallRef, SandboxRef
@@ -21,8 +23,61 @@ PARTS_IN_FLIGHT = 3
 """Parts that an upload sends ahead of their confirmation: 12 MiB at most."""
 
 
+class _Pending:
+    """How many verbs this process has under way in one session, through whichever objects."""
+
+    __slots__ = ("__weakref__", "_count", "_lock")
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._count = 0
+        self._lock = threading.RLock()  # the garbage collector can end a stream anywhere
+
+    def enter(self, limit: int) -> int:
+        """Count one more if that makes no more than ``limit``; give how many there were."""
+        with self._lock:
+            count = self._count
+            if count < limit:
+                self._count = count + 1
+            return count
+
+    def leave(self) -> None:
+        with self._lock:
+            if self._count:  # in a fork, one of the parent's may end, which is not counted there
+                self._count -= 1
+
+
+_pending: weakref.WeakValueDictionary[Hashable, _Pending] = weakref.WeakValueDictionary()
+"""By the session's identity; the objects of a session keep its count, and nothing else does."""
+
+_pending_lock = threading.RLock()
+
+
+def _pending_of(ref: SandboxRef) -> _Pending:
+    identity = ref.identity
+    with _pending_lock:
+        found = _pending.get(identity)
+        if found is None:
+            _pending[identity] = found = _Pending()
+        return found
+
+
+def _begin_in_fork() -> None:
+    """Count from nothing: what the parent waits for is not this process's, nor who held a lock here."""
+    global _pending_lock
+    _pending_lock = threading.RLock()
+    for pending in list(_pending.values()):
+        pending.reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_fork)
+
+
 class SessionCalls:
-    """What this process has under way in one session."""
+    """What an object of a session has under way there; those of one session count together."""
 
     def __init__(self, ref: SandboxRef, *, label: str, max_pending: int) -> None:
         """Start with nothing under way.
@@ -30,12 +85,12 @@ class SessionCalls:
         Args:
             ref: the session as the engine reaches it.
             label: names it in messages.
-            max_pending: unfinished verbs beyond which the next is refused.
+            max_pending: unfinished verbs of this process beyond which the next is refused.
         """
         self._ref = ref
         self._label = label
         self._max_pending = max_pending
-        self._pending = 0
+        self._pending = _pending_of(ref)
         self._lock = threading.Lock()
         self._closing = False
         self.closed: bool = False
@@ -70,19 +125,17 @@ class SessionCalls:
             PendingTasksExceededError: too many are unfinished.
         """
         self.check_open()
-        with self._lock:
-            if self._pending >= self._max_pending:
-                raise PendingTasksExceededError(
-                    f"{self._label} has {self._pending} unfinished verbs of this process, which is "
-                    f"max_pending_tasks={self._max_pending}. Wait for some, close streams, or raise "
-                    f"max_pending_tasks."
-                )
-            self._pending += 1
+        count = self._pending.enter(self._max_pending)
+        if count >= self._max_pending:
+            raise PendingTasksExceededError(
+                f"{self._label} has {count} unfinished verbs of this process, of "
+                f"max_pending_tasks={self._max_pending} that it may have. Wait for some, close streams, "
+                f"or raise max_pending_tasks."
+            )
 
     def leave(self) -> None:
         """Count a verb that has ended."""
-        with self._lock:
-            self._pending -= 1
+        self._pending.leave()
 
     def ask(self, name: str, *args: Any) -> Steps[Any]:
         """Have a verb done and give what it gives."""

@@ -29,6 +29,7 @@ from apothic.file_errors import file_error, typed
 from apothic.uploads import UPLOAD_IDLE_S, Upload
 from apothic.workspace import (
     Command,
+    FileWriter,
     OutputKind,
     Workspace,
 )
@@ -46,6 +47,10 @@ STREAMS = ("exec_stream", "read_stream")
 
 READ_BYTES = 4 * 1024 * 1024
 """How much `read_stream` gives at once."""
+
+CLOSE_WAIT_S = 10.0
+"""Seconds that `SessionCore.close` waits for what is being written; a disk that does not answer must not
+keep the programs alive."""
 
 
 class SessionStatus(NamedTuple):
@@ -105,6 +110,7 @@ class SessionCore:
         self._cwd = b"/"
         self._saving = asyncio.Lock()
         self._uploads: dict[str, Upload] = {}
+        self._writers: set[FileWriter] = set()  # those of no upload, or of one that is ending
         self._calls = _Calls()
         self._started_unix_s = time.time()
         self._closed = False
@@ -130,12 +136,23 @@ class SessionCore:
             await self._save(first, dict(env))
 
     async def close(self) -> None:
-        """End every program and the workspace; idempotent. Verbs that run fail as those that come."""
+        """End every program and the workspace; idempotent. Verbs that run fail as those that come.
+
+        A new file that is not written to its end is removed first.
+        """
         self._closed = True
-        for upload in self._uploads.values():
-            upload.timer.cancel()
-        self._uploads.clear()
-        await self._workspace.close()
+        try:
+            await self._abort_writes()
+        finally:
+            await self._workspace.close()
+
+    async def _abort_writes(self) -> None:
+        uploads, self._uploads = self._uploads, {}
+        aborts = [upload.abort(self._closed_error()) for upload in uploads.values()]
+        aborts += [writer.abort() for writer in self._writers]
+        if aborts:
+            together = asyncio.gather(*aborts, return_exceptions=True)
+            await asyncio.wait({together}, timeout=CLOSE_WAIT_S)
 
     def status(self) -> SessionStatus:
         """Tell how it is."""
@@ -248,13 +265,17 @@ class SessionCore:
         with self._call():
             target = _join(self._cwd, path)
             with typed(target, writing=True):
-                writer = await self._workspace.open_writer(
-                    target, append=append, make_parents=make_parents, size=len(data)
-                )
+                writer = await self._open_writer(target, append, make_parents, len(data))
+                self._writers.add(writer)
                 try:
                     await writer.write(data)
                     await writer.finish()
+                except OSError:
+                    if self._closed:  # which has aborted it
+                        raise self._closed_error() from None
+                    raise
                 finally:
+                    self._writers.discard(writer)
                     await writer.abort()
             return target
 
@@ -265,9 +286,7 @@ class SessionCore:
         with self._call():
             target = _join(self._cwd, path)
             with typed(target, writing=True):
-                writer = await self._workspace.open_writer(
-                    target, append=append, make_parents=make_parents, size=size
-                )
+                writer = await self._open_writer(target, append, make_parents, size)
             upload_id = uuid.uuid4().hex
             self._uploads[upload_id] = Upload(target, writer, lambda: self._give_up(upload_id))
             return upload_id
@@ -283,10 +302,12 @@ class SessionCore:
             upload = self._upload(upload_id)
             del self._uploads[upload_id]
             upload.timer.cancel()
+            self._writers.add(upload.writer)
             try:
                 with typed(upload.path, writing=True):
                     await upload.writer.finish()
             finally:
+                self._writers.discard(upload.writer)
                 await upload.writer.abort()
             return upload.path
 
@@ -294,8 +315,18 @@ class SessionCore:
         """Give an upload up; a new file is removed. Idempotent."""
         upload = self._uploads.pop(upload_id, None)
         if upload is not None:
-            upload.timer.cancel()
             await upload.abort()
+
+    async def _open_writer(
+        self, path: bytes, append: bool, make_parents: bool, size: int | None
+    ) -> FileWriter:
+        writer = await self._workspace.open_writer(
+            path, append=append, make_parents=make_parents, size=size
+        )
+        if self._closed:  # meanwhile, so that nobody else will abort it
+            await writer.abort()
+            raise self._closed_error()
+        return writer
 
     # -- execs -----------------------------------------------------------------------------------
 
@@ -358,8 +389,11 @@ class SessionCore:
 
     def _call(self) -> _Calls:
         if self._closed:
-            raise SandboxClosedError(f"{self._label} is closed. Open another session.")
+            raise self._closed_error()
         return self._calls
+
+    def _closed_error(self) -> SandboxClosedError:
+        return SandboxClosedError(f"{self._label} is closed. Open another session.")
 
     async def _save(self, cwd: bytes, own: dict[bytes, bytes | None]) -> None:
         """Have directory and variables take effect, once they are kept; holding `_saving`."""

@@ -20,8 +20,8 @@ class Upload:
 
     def __init__(self, path: bytes, writer: FileWriter, give_up: Callable[[], None]) -> None:
         """Wrap an open file; ``give_up`` is called when nobody continues it."""
-        self.path = path
-        self.writer = writer
+        self.path: bytes = path
+        self.writer: FileWriter = writer
         self._give_up = give_up
         self._offset = 0
         self._failure: BaseException | None = None
@@ -42,16 +42,24 @@ class Upload:
             try:
                 with typed(self.path, writing=True):
                     await self.writer.write(data)
-                self._offset += len(data)
             except BaseException as error:
-                self._failure = error
-                raise
+                self._failure = self._failure or error
+                if not isinstance(error, Exception):
+                    raise
             finally:
                 self._moved.notify_all()
+            if self._failure is not None:  # its own, or why it was ended meanwhile
+                raise self._failure
+            self._offset += len(data)
 
-    async def abort(self) -> None:
-        """End it; parts that wait fail."""
-        async with self._moved:
-            self._failure = SandboxError(f"the upload to {shown(self.path)} was given up.")
-            self._moved.notify_all()
-        await self.writer.abort()
+    async def abort(self, why: SandboxError | None = None) -> None:
+        """End it; the part that is being written and those that wait fail, with ``why``."""
+        self.timer.cancel()
+        self._failure = (
+            self._failure or why or SandboxError(f"the upload to {shown(self.path)} was given up.")
+        )
+        try:
+            await self.writer.abort()  # first: a part may wait for what never comes
+        finally:
+            async with self._moved:
+                self._moved.notify_all()

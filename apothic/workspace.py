@@ -156,7 +156,11 @@ class FileWriter(ABC):
 
     @abstractmethod
     async def abort(self) -> None:
-        """End badly: a new file is removed. Idempotent, also after `finish`, where it does nothing."""
+        """End badly: a new file is removed. Idempotent, also after `finish`, where it does nothing.
+
+        It may come while another task is in `write` or `finish`: a write fails or ends soon, and a
+        finish ends as it would have.
+        """
 
 
 class Workspace(ABC):

@@ -86,6 +86,20 @@ def unable(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+@contextmanager
+def mounted(kind: str, place: Path, options: str = "rw") -> Iterator[Path]:
+    """Mount a fresh file system that needs no disk, on a new directory."""
+    place.mkdir()
+    mount = ["mount", "-t", kind, "-o", options, "none", str(place)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        unable(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
 def import_or_skip(module: str) -> None:
     """Skip a test without a module that `make venv` installs; in CI it is an error."""
     if IN_CI:

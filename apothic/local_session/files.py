@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -20,17 +21,30 @@ __all__ = ["LocalReader", "LocalWriter", "finished"]
 _T = TypeVar("_T")
 # Without O_NONBLOCK, opening a pipe would wait for its other end.
 _OPEN_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-_NO_RESERVATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV)
+_NO_RESERVATION = (
+    errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV,
+    errno.EBADF,  # glibc's, which would write there: not to what is open for appending
+)  # fmt: skip
+_STEP_BYTES = 1024 * 1024  # between two of them an abort is heard
 
 
-async def finished(call: Callable[[], _T]) -> _T:
-    """Run a blocking call on a thread; when cancelled, wait for its end, so that nothing goes on."""
+async def finished(call: Callable[[], _T], undo: Callable[[_T], object] | None = None) -> _T:
+    """Run a blocking call on a thread; when cancelled, wait for its end, so that nothing goes on.
+
+    ``undo`` takes a result that came after that, so that nobody has it.
+    """
     running = asyncio.ensure_future(in_thread(call))
+
+    def discard(done: asyncio.Future[_T]) -> None:
+        if undo is not None and not done.cancelled() and done.exception() is None:
+            undo(done.result())
+
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
+        running.add_done_callback(discard)
         with contextlib.suppress(Exception):
-            await running
+            await asyncio.shield(running)
         raise
 
 
@@ -51,6 +65,10 @@ class LocalReader(FileReader):
 
     @override
     async def close(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """Do what `close` does, at once."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -68,6 +86,8 @@ class LocalWriter(FileWriter):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
         self._path = path
         self._append = append
+        self._lock = threading.Lock()  # a descriptor that is in use must not become another file's
+        self._aborted = False
         flags = os.O_WRONLY | (os.O_APPEND if append else 0)
         self._fd, self._is_new = _open_or_create(path, flags)
         found = os.fstat(self._fd)
@@ -78,7 +98,7 @@ class LocalWriter(FileWriter):
             if self._regular and size:
                 _reserve(self._fd, found.st_size, size, append=append)
         except BaseException:
-            self._abort()
+            self.drop()
             raise
 
     @override
@@ -87,25 +107,38 @@ class LocalWriter(FileWriter):
 
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
+        with self._lock:
+            while view:
+                if self._aborted:
+                    raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+                view = view[os.write(self._fd, view[:_STEP_BYTES]) :]
 
     @override
     async def finish(self) -> None:
         await finished(self._finish)
 
     def _finish(self) -> None:
-        if self._regular and not self._append:
-            os.ftruncate(self._fd, os.lseek(self._fd, 0, os.SEEK_CUR))
-        fd, self._fd = self._fd, -1
-        os.close(fd)
+        with self._lock:
+            if self._fd < 0:
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+            if self._regular and not self._append:
+                os.ftruncate(self._fd, os.lseek(self._fd, 0, os.SEEK_CUR))
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
     @override
     async def abort(self) -> None:
         if self._fd >= 0:
-            await finished(self._abort)
+            self._aborted = True
+            await finished(self.drop)
 
-    def _abort(self) -> None:
+    def drop(self) -> None:
+        """Do what `abort` does, on this thread."""
+        with self._lock:
+            if self._fd >= 0:
+                self._drop()
+
+    def _drop(self) -> None:
         fd, self._fd = self._fd, -1
         if self._regular and not self._append:
             with contextlib.suppress(OSError):  # what was reserved and not written

@@ -143,7 +143,7 @@ class LocalWorkspace(Workspace):
     @override
     async def open_reader(self, path: bytes) -> FileReader:
         self._check_open()
-        return await finished(lambda: LocalReader(path))
+        return await finished(lambda: LocalReader(path), LocalReader.drop)
 
     @override
     async def open_writer(
@@ -151,7 +151,8 @@ class LocalWorkspace(Workspace):
     ) -> FileWriter:
         self._check_open()
         return await finished(
-            lambda: LocalWriter(path, append=append, make_parents=make_parents, size=size)
+            lambda: LocalWriter(path, append=append, make_parents=make_parents, size=size),
+            LocalWriter.drop,
         )
 
     @override

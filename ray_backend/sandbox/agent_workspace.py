@@ -47,6 +47,10 @@ T = TypeVar("T")
 WhyLost = Callable[[ChannelClosedError], Awaitable[SandboxLostError]]
 """Finds out, once the channel has ended by itself, what became of the container."""
 
+ABORT_WAIT_S = 5.0
+"""Seconds that closing waits for the agent to take note of files that were given up; one that is well
+takes well under a millisecond."""
+
 _PASSWD_MAX_BYTES = 1024 * 1024
 _KINDS: dict[Channel, OutputKind] = {Channel.STDOUT: "stdout", Channel.STDERR: "stderr"}
 _STAGES = {
@@ -87,6 +91,7 @@ class AgentWorkspace(Workspace):
         self._why_lost = why_lost
         self._remove = remove
         self._closed = False
+        self._has_aborted = False
         self._loss: asyncio.Future[SandboxLostError] | None = None
 
     async def wait_lost(self) -> SandboxLostError:
@@ -193,8 +198,18 @@ class AgentWorkspace(Workspace):
     @override
     async def close(self) -> None:
         self._closed = True
+        if self._has_aborted:
+            await self._wait_until_heard()
         await self._channel.close()
         await self._remove()
+
+    async def _wait_until_heard(self) -> None:
+        """Wait until the agent has taken what was sent: closing drops that, and the agent dies of it.
+
+        It would leave half-written files behind, which stay where they are on a volume.
+        """
+        with contextlib.suppress(AgentRequestError, ChannelClosedError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._channel.stat(b"/"), ABORT_WAIT_S)
 
     async def gone(self, error: ChannelClosedError) -> SandboxError:
         """Give the error for a verb that found the channel ended."""
@@ -221,6 +236,10 @@ class AgentWorkspace(Workspace):
     async def file_verb(self, verb: Awaitable[T]) -> T:
         """Await a verb of a file, its errors translated."""
         return await self._asked(verb)
+
+    def note_abort(self) -> None:
+        """Take note that a file was given up, which the agent has been sent but need not know yet."""
+        self._has_aborted = True
 
     def unwatched(self) -> SandboxLostError:
         """Give the error for a program whose watcher was killed."""
@@ -333,7 +352,8 @@ class _AgentFileWriter(FileWriter):
 
     @override
     async def abort(self) -> None:
-        self._writer.abort()
+        if self._writer.abort():
+            self._workspace.note_abort()
 
 
 def home_of(passwd: bytes, user: bytes) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -91,6 +91,12 @@ class RaySandbox(SandboxRef):
     @override
     def handle(self) -> SandboxHandle:
         return self._handle
+
+    @property
+    @override
+    def identity(self) -> Hashable:
+        """The actor's id: it is another actor's when the name is, and stays through restarts."""
+        return self._handle.cluster_id, self.actor_id
 
     @property
     @override

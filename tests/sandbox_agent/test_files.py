@@ -5,7 +5,6 @@ import hashlib
 import os
 import stat
 import struct
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from ray_backend.sandbox.agent.constants import Channel, FrameType, WriteFlag
 from ray_backend.sandbox.protocol import Done, Failed, Granted, Opened, Output, encode_frame
 from tests.sandbox_agent.harness import Agent, memory_kib
-from tests.support import as_root, unable
+from tests.support import as_root, mounted
 
 MIB = 1 << 20
 NAMES = [
@@ -412,14 +411,8 @@ def test_a_cancelled_read_ends(agent: Agent):
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Give a file system of 1 MiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        unable(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with mounted("tmpfs", tmp_path / "small", "size=1m") as place:
+        yield place
 
 
 def test_a_full_disk(agent: Agent, small_disk: Path):

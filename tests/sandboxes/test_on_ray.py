@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import ray
 
-from apothic import App, Sandbox, SandboxSession
+from apothic import App, Sandbox, SandboxSession, Volume
 from apothic.backend import ControlPlaneClient, connect
+from apothic.errors import SandboxClosedError
+from apothic.session_calls import PART_BYTES, PARTS_IN_FLIGHT
 from ray_backend.sandbox.engine.connection import Engine
 from ray_backend.sandbox.engine.firewall import Rules, read_rules
 from ray_backend.sandbox.engine.network import list_networks
@@ -73,6 +75,31 @@ class TestRayData(OnRay, DataConformance):
 
 class TestRayContainers(OnRay, ContainerConformance):
     pass
+
+
+class TestRayVolumes(OnRay):
+    @pytest.mark.parametrize("named", [False, True])
+    def test_close_leaves_no_half_written_file(
+        self, define: Callable[..., Sandbox], named: bool
+    ) -> None:
+        """The agent of a named session does not end with its client, that of another does."""
+        name = f"half-written-{named}".lower()
+        sandbox = define(volumes={"/data": Volume.vast_local(name, size_gb=1)})
+        count = PARTS_IN_FLIGHT + 2
+        with sandbox.named("writer") if named else sandbox.create() as session:
+
+            def parts() -> Iterator[bytes]:
+                for number in range(count):
+                    if number == count - 1:  # so that the first has arrived
+                        assert session.listdir("/data") == ["file"]
+                        assert session.close().closed
+                    yield bytes(PART_BYTES)
+
+            with pytest.raises(SandboxClosedError):
+                session._upload(b"/data/file", parts(), count * PART_BYTES, False)
+        with sandbox.create() as later:
+            assert later.listdir("/data") == []
+        Volume.from_name(name).delete()
 
 
 class TestRayProcesses(OnRay):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
-from apothic import uploads
+from apothic import session_core, uploads
 from apothic.backend import ExecRequest
 from apothic.errors import (
     ExecStartError,
@@ -38,20 +38,51 @@ class Writer(FileWriter):
     def __init__(self, files: dict[bytes, bytes], path: bytes) -> None:
         self.files, self.path, self.data, self.over = files, path, b"", False
 
+    @override
     async def write(self, data: bytes | memoryview) -> None:
         await asyncio.sleep(0)
         if b"full" in bytes(data):
             raise OSError(errno.ENOSPC, "full")
         self.data += bytes(data)
 
+    @override
     async def finish(self) -> None:
         self.over = True
         self.files[self.path] = self.data
 
+    @override
     async def abort(self) -> None:
         if not self.over:
             self.over = True
             self.files.pop(self.path, None)
+
+
+class Slow(Writer):
+    """A file whose disk takes what is written only when it is aborted."""
+
+    def __init__(self, files: dict[bytes, bytes], path: bytes) -> None:
+        super().__init__(files, path)
+        self.writing = asyncio.Event()
+        self.aborted = asyncio.Event()
+
+    @override
+    async def write(self, data: bytes | memoryview) -> None:
+        self.writing.set()
+        await self.aborted.wait()
+        raise OSError(errno.ECANCELED, "aborted")
+
+    @override
+    async def abort(self) -> None:
+        await super().abort()
+        self.aborted.set()
+
+
+class Stuck(Slow):
+    """A file whose disk does not answer any more."""
+
+    @override
+    async def abort(self) -> None:
+        await asyncio.Event().wait()
 
 
 class Ended(Process):
@@ -124,6 +155,11 @@ class Held(Process):
 class Memory(Workspace):
     def __init__(self, state: bytes = b"") -> None:
         self.files: dict[bytes, bytes] = {}
+        self.writer: Callable[[dict[bytes, bytes], bytes], Writer] = Writer
+        self.opened: list[Writer] = []
+        self.may_open = asyncio.Event()
+        self.may_open.set()
+        self.left: dict[bytes, bytes] | None = None
         self.made: list[bytes] = []
         self.state = state
         self.command: Command | None = None
@@ -163,7 +199,10 @@ class Memory(Workspace):
         self, path: bytes, *, append: bool, make_parents: bool, size: int | None
     ) -> FileWriter:
         self.files[path] = b""
-        return Writer(self.files, path)
+        await self.may_open.wait()
+        writer = self.writer(self.files, path)
+        self.opened.append(writer)
+        return writer
 
     async def load_state(self) -> bytes:
         return self.state
@@ -174,7 +213,9 @@ class Memory(Workspace):
             raise SandboxError("too much state.")
         self.state = state
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        if self.left is None:
+            self.left = dict(self.files)
 
 
 def request(*argv: bytes, **more: Any) -> ExecRequest:
@@ -497,6 +538,73 @@ def test_a_part_that_fails_fails_those_after_it() -> None:
         assert workspace.files == {}
 
     asyncio.run(work())
+
+
+def test_close_ends_what_is_being_written_first() -> None:
+    async def work() -> None:
+        workspace = Memory()
+        core = await started(workspace)
+        begun = await core.upload_begin(b"begun", None, False, False)
+        await core.upload_part(begun, 0, b"part")
+        workspace.writer = Slow
+        upload = await core.upload_begin(b"written", None, False, False)
+        verbs = [
+            asyncio.create_task(core.upload_part(upload, 4, b"late")),
+            asyncio.create_task(core.upload_part(upload, 0, b"part")),
+            asyncio.create_task(core.write(b"whole", b"content", False, False)),
+        ]
+        for number in (1, 2):
+            while len(workspace.opened) <= number:
+                await asyncio.sleep(0)
+            slow = workspace.opened[number]
+            assert isinstance(slow, Slow)
+            await slow.writing.wait()
+        await core.close()
+        assert workspace.left == workspace.files == {}
+        for outcome in await asyncio.gather(*verbs, return_exceptions=True):
+            assert isinstance(outcome, SandboxClosedError)
+            assert "the session" in str(outcome)
+        with pytest.raises(SandboxClosedError):
+            await core.upload_part(begun, 4, b"more")
+        await core.upload_abort(begun)
+        assert core.status().running_calls == 0
+
+    asyncio.run(asyncio.wait_for(work(), 30))
+
+
+def test_what_is_opened_while_the_session_is_closed() -> None:
+    async def work() -> None:
+        workspace = Memory()
+        core = await started(workspace)
+        workspace.may_open.clear()
+        verbs = [
+            asyncio.create_task(core.upload_begin(b"upload", None, False, False)),
+            asyncio.create_task(core.write(b"whole", b"content", False, False)),
+        ]
+        while len(workspace.files) < 2:
+            await asyncio.sleep(0)
+        await core.close()
+        workspace.may_open.set()
+        for outcome in await asyncio.gather(*verbs, return_exceptions=True):
+            assert isinstance(outcome, SandboxClosedError)
+        assert workspace.files == {}
+        assert core._uploads == {}
+
+    asyncio.run(asyncio.wait_for(work(), 30))
+
+
+def test_a_disk_that_does_not_answer_holds_up_no_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_core, "CLOSE_WAIT_S", 0.01)
+
+    async def work() -> None:
+        workspace = Memory()
+        workspace.writer = Stuck
+        core = await started(workspace)
+        await core.upload_begin(b"f", None, False, False)
+        await core.close()
+        assert workspace.left == {b"/work/f": b""}
+
+    asyncio.run(asyncio.wait_for(work(), 30))
 
 
 def test_an_upload_that_nobody_continues(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -385,15 +385,20 @@ class AgentWriter:
         assert done.stat is not None  # the codec sees to it
         return done.stat
 
-    def abort(self) -> None:
+    def abort(self) -> bool:
         """End badly: a file that it created is removed. Idempotent, nothing after the end.
 
-        Whatever is asked of the agent after this finds it done.
+        Whatever is asked of the agent after this finds it done; before, it need not have come there.
+
+        Returns:
+            Whether the agent had to be told.
         """
-        if not self._input.ended and not self._aborted:
-            self._aborted = True
-            with suppress(ChannelClosedError):
-                self._sender.send(self._sender.connection.cancel(self._stream))
+        if self._input.ended or self._aborted:
+            return False
+        self._aborted = True
+        with suppress(ChannelClosedError):
+            self._sender.send(self._sender.connection.cancel(self._stream))
+        return True
 
     def on_event(self, event: Event) -> None:
         """Take a grant, or the end."""

@@ -205,6 +205,20 @@ class ExecConformance(SandboxSuite):
                 session.pwd()
             assert session.pwd()
 
+    def test_the_limit_of_pending_verbs_is_each_sessions_own(
+        self, define: Callable[..., Sandbox]
+    ) -> None:
+        sandbox = define(max_pending_tasks=1)
+        with self.open(sandbox) as one, self.open(sandbox) as two:
+            with one.exec_stream("sleep 100"):
+                assert two.pwd()
+                with two.exec_stream("sleep 100"):
+                    for session in (one, two):
+                        with pytest.raises(PendingTasksExceededError, match="max_pending_tasks=1"):
+                            session.pwd()
+                assert two.pwd()
+            assert one.pwd()
+
     def test_output_limit(self, session: SandboxSession) -> None:
         result = session.exec("printf 12345; printf 123 >&2", shell=True, max_output_bytes=3)
         assert (result.stdout, result.stderr) == ("123", "123")

@@ -18,6 +18,7 @@ from apothic.errors import (
     SandboxFileExistsError,
     SandboxFileNotFoundError,
     SandboxIsADirectoryError,
+    SandboxNoSpaceError,
     SandboxNotADirectoryError,
 )
 from apothic.session_calls import PART_BYTES
@@ -335,9 +336,12 @@ class FileConformance(SandboxSuite):
         assert (tmp_path / "out").read_text() == "old"
         assert os.listdir(tmp_path) == ["out"]
 
-    def test_a_full_disk_leaves_the_old_content(self, session: SandboxSession) -> None:
-        with pytest.raises(SandboxFileError):
-            session.write_bytes("/dev/full", b"x")
+    @pytest.mark.parametrize("size", [1, PART_BYTES + 1])
+    def test_a_full_device_raises_no_space(self, session: SandboxSession, size: int) -> None:
+        with pytest.raises(SandboxNoSpaceError, match="/dev/full") as caught:
+            session.write_bytes("/dev/full", bytes(size))
+        assert caught.value.errno == errno.ENOSPC
+        assert session.exists("/dev/full")
 
     def test_local_side_of_transfers(self, session: SandboxSession, tmp_path: Path) -> None:
         session.write_text("file", "new")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,11 +15,13 @@ from apothic.errors import (
     ArgumentError,
     HandleError,
     InvalidOptionError,
+    PendingTasksExceededError,
     SandboxClosedError,
     SandboxFileError,
     SandboxLimitError,
     SandboxSessionNotFoundError,
 )
+from apothic.session_calls import PART_BYTES, PARTS_IN_FLIGHT
 from tests.conformance.sandboxes.base import SandboxSuite
 from tests.support import eventually
 
@@ -100,6 +102,19 @@ class SessionConformance(SandboxSuite):
             with pytest.raises(SandboxClosedError, match="closed"):
                 call()
         assert "closed" in repr(session)
+
+    def test_close_during_an_upload(self, sandbox: Sandbox) -> None:
+        session = self.open(sandbox)
+        sizes = [PART_BYTES] * (PARTS_IN_FLIGHT + 2)
+
+        def parts() -> Iterator[bytes]:
+            for number, size in enumerate(sizes):
+                if number == PARTS_IN_FLIGHT + 1:  # of which one at least has arrived
+                    assert session.close().closed
+                yield bytes(size)
+
+        with pytest.raises(SandboxClosedError, match="closed"):
+            session._upload(b"file", parts(), sum(sizes), False)
 
     def test_with_closes(self, sandbox: Sandbox) -> None:
         with self.open(sandbox) as session:
@@ -193,6 +208,52 @@ class SharedSessionConformance(SandboxSuite):
             assert all(session.get_env()["MARK"] == "1" for session in found)
         finally:
             sandbox.close_named("same")
+
+    def test_all_objects_of_a_session_share_its_limit_of_pending_verbs(
+        self, define: Callable[..., Sandbox]
+    ) -> None:
+        sandbox = define(max_pending_tasks=2)
+        first = sandbox.named("shared")
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                objects = [
+                    first,
+                    sandbox.named("shared"),
+                    sandbox.attach(first.handle),
+                    pickle.loads(pickle.dumps(first)),
+                    pool.submit(sandbox.named, "shared").result(),
+                    asyncio.run(sandbox.aio.attach(first.handle_json)),
+                ]
+            for one, two in zip(objects, objects[1:] + objects[:1], strict=True):
+                with one.exec_stream("sleep 100"), two.exec_stream("sleep 100"):
+                    for each in objects:
+                        with pytest.raises(PendingTasksExceededError, match="max_pending_tasks=2"):
+                            each.pwd()
+                assert all(each.pwd() for each in objects)
+            del one, two, each
+            with first.exec_stream("sleep 100"), first.exec_stream("sleep 100"):
+                objects.clear()  # the others' end, and a new one, change nothing
+                with pytest.raises(PendingTasksExceededError):
+                    sandbox.named("shared").pwd()
+        finally:
+            sandbox.close_named("shared")
+
+    def test_a_later_session_of_the_name_has_its_own_limit_of_pending_verbs(
+        self, define: Callable[..., Sandbox]
+    ) -> None:
+        sandbox = define(max_pending_tasks=1)
+        first = sandbox.named("again")
+        with first.exec_stream("sleep 100"):
+            with pytest.raises(PendingTasksExceededError):
+                first.pwd()
+            assert sandbox.close_named("again").closed
+            later = sandbox.named("again")
+            try:
+                assert later.pwd()
+                with later.exec_stream("sleep 100"), pytest.raises(PendingTasksExceededError):
+                    sandbox.attach(later.handle).pwd()
+            finally:
+                later.close()
 
     def test_cap_on_live_sessions(self, define: Callable[..., Sandbox]) -> None:
         sandbox = define(max_containers=2, tasks_per_container=1)

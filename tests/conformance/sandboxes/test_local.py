@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import errno
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -11,6 +15,7 @@ import tempfile
 import threading
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +27,21 @@ from apothic.errors import (
     ExecStartError,
     ExecTimeoutError,
     HandleError,
+    SandboxClosedError,
     SandboxLostError,
+    SandboxNoSpaceError,
     SandboxPermissionError,
     SerializationError,
 )
+from apothic.local_session.files import LocalReader, LocalWriter, finished
+from apothic.session_calls import PART_BYTES
 from tests.conformance.sandboxes.base import Marked, SandboxSuite, marked
 from tests.conformance.sandboxes.execs import ExecConformance
 from tests.conformance.sandboxes.files import FileConformance
 from tests.conformance.sandboxes.kills import InterruptConformance, KillConformance
 from tests.conformance.sandboxes.sessions import SessionConformance
 from tests.conformance.sandboxes.volumes_of_data import DataConformance
-from tests.support import as_root, eventually, process_is_gone
+from tests.support import as_root, eventually, mounted, process_is_gone
 
 __all__ = ["marked"]
 
@@ -69,6 +78,21 @@ class Local(SandboxSuite):
 
 def open_files() -> list[str]:
     return os.listdir("/proc/self/fd")
+
+
+def write_until_closed(session: SandboxSession, source: Path, name: str) -> None:
+    with contextlib.suppress(SandboxClosedError):
+        session.upload_file(source, name)
+        session.write_bytes(f"{name}-2", bytes(PART_BYTES))
+
+
+def is_open(path: Path) -> bool:
+    """Tell whether this process has a file open, also one that is gone."""
+    found = set()
+    for fd in open_files():
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found.add(os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)"))
+    return str(path) in found
 
 
 def children() -> list[int]:
@@ -215,6 +239,156 @@ class TestLocalOnly(Local):
         assert caught.value.result is not None
         assert len(caught.value.result.stdout_bytes) == 1_000_000
         assert caught.value.result.truncated
+
+    @pytest.mark.parametrize("old", [None, b"old" * PART_BYTES])
+    def test_close_leaves_nothing_of_an_upload(
+        self, sandbox: Sandbox, tmp_path: Path, old: bytes | None
+    ) -> None:
+        path, size = tmp_path / "file", 3 * PART_BYTES
+        if old is not None:
+            path.write_bytes(old)
+        session = sandbox.local(cwd=str(tmp_path))
+
+        def parts() -> Iterator[bytes]:
+            yield b"n" * PART_BYTES
+            eventually(lambda: path.read_bytes().startswith(b"n" * PART_BYTES))
+            assert is_open(path)
+            assert session.close().closed
+            assert not is_open(path)
+            yield b"n" * PART_BYTES
+
+        with pytest.raises(SandboxClosedError, match="closed"):
+            session._upload(b"file", parts(), size, False)
+        if old is None:
+            assert not path.exists()
+        else:
+            assert path.read_bytes() == b"n" * PART_BYTES + old[PART_BYTES:]
+
+    def test_close_while_files_are_written(self, sandbox: Sandbox, tmp_path: Path) -> None:
+        """Each is there whole, or it is not there."""
+        source = tmp_path / "source"
+        source.write_bytes(os.urandom(6 * PART_BYTES))
+        for round_number in range(8):
+            place = tmp_path / f"round-{round_number}"
+            session = sandbox.local(cwd=str(place))
+            with ThreadPoolExecutor(4) as pool:
+                writing = [
+                    pool.submit(write_until_closed, session, source, name) for name in "abcd"
+                ]
+                if round_number % 2:
+                    eventually(partial(os.listdir, place))
+                session.close()
+                for each in writing:
+                    each.result()
+            for found in place.iterdir():
+                assert found.read_bytes() in (source.read_bytes(), bytes(PART_BYTES))
+                assert not is_open(found)
+
+    def test_a_full_disk_leaves_the_old_content(self, sandbox: Sandbox, tmp_path: Path) -> None:
+        old, source = os.urandom(300_000), tmp_path / "source"
+        source.write_bytes(bytes(PART_BYTES + 1))
+        with (
+            mounted("tmpfs", tmp_path / "disk", "size=1m") as disk,
+            sandbox.local(cwd=str(disk)) as session,
+        ):
+            session.write_bytes("file", old)
+            for path in ("file", "new"):
+                for write in (
+                    lambda path: session.upload_file(source, path),
+                    lambda path: session.write_bytes(path, bytes(2_000_000)),
+                    lambda path: session.write_bytes(path, bytes(2_000_000), append=True),
+                ):
+                    with pytest.raises(SandboxNoSpaceError, match=f"/{path}'"):
+                        write(path)
+                    assert (disk / "file").read_bytes() == old
+                    assert session.listdir() == ["file"]
+            session.write_bytes("new", bytes(500_000))  # what was reserved is free again
+            session.write_bytes("file", b"more", append=True)
+            assert (disk / "file").read_bytes() == old + b"more"
+
+    def test_a_disk_that_reserves_nothing(self, sandbox: Sandbox, tmp_path: Path) -> None:
+        with (
+            mounted("ramfs", tmp_path / "disk") as disk,
+            sandbox.local(cwd=str(disk)) as session,
+        ):
+            for append in (False, True):
+                session.write_bytes("file", b"some", append=append)
+            session.write_bytes("file", bytes(PART_BYTES + 1), append=True)
+            assert (disk / "file").read_bytes() == b"somesome" + bytes(PART_BYTES + 1)
+
+    def test_an_abort_waits_for_the_write_that_it_ends(self, engine: None) -> None:
+        """The descriptor would be another file's by then."""
+
+        async def work() -> None:
+            ours, theirs = os.openpty()
+            path = os.ttyname(theirs).encode()
+            writer = LocalWriter(path, append=False, make_parents=False, size=None)
+            writing = asyncio.create_task(writer.write(bytes(3 << 20)))
+            while not select.select([ours], [], [], 0)[0]:
+                await asyncio.sleep(0.001)
+            aborting = asyncio.create_task(writer.abort())
+            await asyncio.sleep(0)
+            assert is_open(Path(os.fsdecode(path)))
+            os.close(theirs)
+            while not aborting.done():  # until then a step of the write goes on
+                if select.select([ours], [], [], 0.01)[0]:
+                    with contextlib.suppress(OSError):  # nobody has the other end any more
+                        os.read(ours, 1 << 16)
+                await asyncio.sleep(0)
+            with pytest.raises(OSError, match="cancel") as caught:
+                await writing
+            assert caught.value.errno == errno.ECANCELED
+            assert not is_open(Path(os.fsdecode(path)))
+            with pytest.raises(OSError, match="cancel") as caught:
+                await writer.finish()
+            assert caught.value.errno == errno.ECANCELED
+            os.close(ours)
+
+        asyncio.run(asyncio.wait_for(work(), 60))
+
+    @pytest.mark.parametrize("times", [1, 3])
+    def test_what_is_opened_for_nobody_is_closed(
+        self, engine: None, tmp_path: Path, times: int
+    ) -> None:
+        async def work() -> None:
+            old, new = tmp_path / "old", tmp_path / "new"
+            old.write_text("x")
+            before = asyncio.all_tasks()
+            going, may_open = threading.Semaphore(0), threading.Event()
+
+            def open_reader() -> LocalReader:
+                going.release()
+                may_open.wait()
+                return LocalReader(os.fsencode(old))
+
+            def open_writer() -> LocalWriter:
+                going.release()
+                may_open.wait()
+                return LocalWriter(os.fsencode(new), append=False, make_parents=False, size=10)
+
+            tasks = [
+                asyncio.create_task(finished(open_reader, LocalReader.drop)),
+                asyncio.create_task(finished(open_writer, LocalWriter.drop)),
+            ]
+            for _ in tasks:
+                while not going.acquire(blocking=False):
+                    await asyncio.sleep(0.001)
+            for _ in range(times):
+                for task in tasks:
+                    task.cancel()
+                await asyncio.sleep(0)
+            may_open.set()
+            for task in tasks:
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            while asyncio.all_tasks() - before:
+                await asyncio.sleep(0.001)
+            assert not is_open(old)
+            assert not is_open(new)
+            assert old.exists()
+            assert not new.exists()
+
+        asyncio.run(asyncio.wait_for(work(), 60))
 
     @as_root
     def test_another_user(self, session: SandboxSession) -> None:
