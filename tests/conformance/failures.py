@@ -238,11 +238,11 @@ class Failures(Conformance):
                 box._target.pool.scale_down()  # which looks at each
                 return box._target.in_flight
 
-            # The stuck one, and that which began when the first had failed.
+            # The stuck one, and one that began when the first had failed, if it was not cancelled yet.
             eventually(lambda: in_flight() <= 2)
             gate.touch()
             eventually(lambda: in_flight() == 0)
-            assert lines(log).count("hold") == 1
+            assert lines(log).count("hold") <= 1
             assert box.who.remote() == who
             assert box.inspect().restarts == 0
 
