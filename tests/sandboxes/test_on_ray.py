@@ -102,6 +102,27 @@ class TestRayVolumes(OnRay):
         Volume.from_name(name).delete()
 
 
+class TestRayStreams(OnRay):
+    def test_a_stream_that_nobody_reads_holds_its_program_up(self, session: SandboxSession) -> None:
+        """What may lie between the two is bounded: pipes, windows, and the items that Ray holds."""
+        code = "n=0; while head -c 1048576 /dev/zero; do n=$((n+1)); echo $n >written; done"
+        with session.exec_stream(code, shell=True, timeout_s=600) as stream:
+            assert next(stream).kind == "stdout"
+            looks = [written_mib(session) for _ in range(300)]
+            assert looks[-1] == looks[-100] > 0, "it has come to a halt"
+            assert looks[-1] < 64
+            for _ in range(10):
+                next(stream)
+        session.exec("true").check()
+
+
+def written_mib(session: SandboxSession) -> int:
+    try:
+        return int(session.read_text("written") or 0)
+    except FileNotFoundError:
+        return 0
+
+
 class TestRayProcesses(OnRay):
     def test_a_session_carries_no_more_than_it_needs(self, session: SandboxSession) -> None:
         """Its process is made for one session, and each package that it imports delays it."""

@@ -18,6 +18,7 @@ from tests.conformance.sandboxes.execs import ExecConformance
 from tests.conformance.sandboxes.files import FileConformance
 from tests.conformance.sandboxes.kills import InterruptConformance, KillConformance
 from tests.conformance.sandboxes.sessions import SessionConformance, SharedSessionConformance
+from tests.conformance.sandboxes.volumes_of_data import DataConformance
 
 __all__ = ["marked"]
 
@@ -47,6 +48,10 @@ class TestInProcessKills(InProcess, KillConformance, InterruptConformance):
 
 
 class TestInProcessSessions(InProcess, SessionConformance, SharedSessionConformance):
+    pass
+
+
+class TestInProcessData(InProcess, DataConformance):
     pass
 
 
