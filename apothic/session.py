@@ -82,7 +82,7 @@ class SandboxSession:
 
     @property
     def closed(self) -> bool:
-        """Whether this process closed it."""
+        """Whether it was closed through this object."""
         return self._calls.closed
 
     @property
