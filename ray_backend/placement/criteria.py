@@ -80,11 +80,12 @@ def _at_least(
     per_node: bool = False,
     capacity: bool = False,
 ) -> Criterion:
+    bound = low * (1 - _SLACK)
     return Criterion(
         parameter,
         f"at least {figure(low, unit)}",
         read,
-        lambda value: bool(value >= low * (1 - _SLACK)),
+        lambda value: bool(value >= bound),
         lambda value: figure(value, unit),
         fact,
         per_node,
@@ -95,11 +96,12 @@ def _at_least(
 def _at_most(
     parameter: str, high: float, unit: str, read: Callable[[Offer], float | None], fact: str
 ) -> Criterion:
+    bound = high * (1 + _SLACK)
     return Criterion(
         parameter,
         f"at most {figure(high, unit)}",
         read,
-        lambda value: bool(value <= high * (1 + _SLACK)),
+        lambda value: bool(value <= bound),
         lambda value: figure(value, unit),
         fact,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from apothic.offers import FILTER_FIELDS, FilterField, Operator
@@ -81,9 +82,7 @@ def filter_criterion(field: str, operator: Operator, value: Any) -> Criterion:
     def show(has: Any) -> str:
         return _shown(spec, has)
 
-    def test(has: Any) -> bool:
-        return _compare(has, operator, value)
-
+    test = _comparison(operator, value)
     if field == "cpu_ram":
         return Criterion(
             parameter,
@@ -108,18 +107,21 @@ def _found(operator: Operator, found: bool) -> bool:
     return found if operator in ("eq", "in") else not found
 
 
-def _compare(has: Any, operator: Operator, value: Any) -> bool:
+def _comparison(operator: Operator, value: Any) -> Callable[[Any], bool]:
+    """Give what an operator says of a fact; of memory it is asked for each of thousands of nodes."""
     if operator == "gt":
-        return bool(has > value)
+        return lambda has: bool(has > value)
     if operator == "gte":
-        return bool(has >= value)
+        return lambda has: bool(has >= value)
     if operator == "lt":
-        return bool(has < value)
+        return lambda has: bool(has < value)
     if operator == "lte":
-        return bool(has <= value)
+        return lambda has: bool(has <= value)
     items = value if isinstance(value, tuple) else (value,)
-    if isinstance(has, bool):
-        found = has in items
-    else:
-        found = any(math.isclose(has, item, rel_tol=_SLACK) for item in items)
-    return _found(operator, found)
+
+    def is_one(has: Any) -> bool:
+        if isinstance(has, bool):
+            return _found(operator, has in items)
+        return _found(operator, any(math.isclose(has, item, rel_tol=_SLACK) for item in items))
+
+    return is_one

@@ -197,8 +197,8 @@ def offers_table(view: ClusterView) -> str:
     live = set()
     for offer, nodes in group_nodes(view.nodes):
         live.add(offer.offer_id)
-        free = [(view.available or {}).get(node.node_id, node.resources) for node in nodes]
-        memory = [node.resources.get("memory", 0.0) for node in nodes]
+        free = [(view.available or {}).get(node["NodeID"], node["Resources"]) for node in nodes]
+        memory = [node["Resources"].get("memory", 0.0) for node in nodes]
         rows.append(_offer_row(offer, str(len(nodes)), min(memory), free))
     for offer in view.registered:
         if offer.offer_id not in live:

@@ -10,7 +10,7 @@ from apothic.constraints import PlacementConstraints
 from apothic.gpus import resolve_gpu
 from ray_backend.placement.criteria import compile_criteria, gpu_rank
 from ray_backend.placement.criterion import Criterion, Slice
-from ray_backend.placement.offers import NodeView, Offer, group_nodes
+from ray_backend.placement.offers import Node, Offer, group_nodes
 
 __all__ = ["Match", "Rejection", "Survey", "survey"]
 
@@ -106,22 +106,17 @@ def survey(
         matches.append(Match(offer, room, rank or 0, cost, gpu_type, started))
 
     live: set[str | None] = set()
-    for offer, views in group_nodes(nodes):
+    for offer, kind in group_nodes(nodes):
         live.add(offer.offer_id)
         failed = _first_failure(offer, of_kind)
         if failed is not None:
-            reject(offer, *failed, len(views))
+            reject(offer, *failed, len(kind))
             continue
-        passing = _passing_nodes(offer, views, of_node, reject)
+        passing = _passing_nodes(offer, kind, of_node, reject)
         if passing:
-            accept(
-                offer,
-                tuple(
-                    (view.node_id, _room(part, free.get(view.node_id, view.resources)))
-                    for view in passing
-                ),
-                True,
-            )
+            ids = [node["NodeID"] for node in passing]
+            held = [free.get(node["NodeID"], node["Resources"]) for node in passing]
+            accept(offer, tuple(zip(ids, _rooms(part, held), strict=True)), True)
     for offer in registered:
         # What live nodes of the offer say about themselves is newer than the registration.
         if offer.offer_id in live:
@@ -159,38 +154,34 @@ def _first_node_failure(
 
 def _passing_nodes(
     offer: Offer,
-    views: list[NodeView],
+    kind: list[Node],
     criteria: Sequence[Criterion],
     reject: Callable[[Offer, Criterion, str, int], None],
-) -> list[NodeView]:
+) -> list[Node]:
     """Keep the nodes of one kind whose memory will do; note the others, by their best figure."""
-    passing = views
+    passing = kind
     for criterion in criteria:
-        read, test = criterion.read, criterion.test
-        kept = [view for view in passing if test(read(view.resources))]
-        if len(kept) < len(passing):
-            has = [read(view.resources) for view in passing]
-            failing = [value for value in has if not test(value)]
-            best = criterion.show(max(failing))
-            reject(
-                offer,
-                criterion,
-                best if len(failing) == 1 else f"up to {best}",
-                len(failing),
-            )
-        passing = kept
+        has = [criterion.read(node["Resources"]) for node in passing]
+        fits = list(map(criterion.test, has))
+        if all(fits):
+            continue
+        failing = [value for value, fit in zip(has, fits, strict=True) if not fit]
+        best = criterion.show(max(failing))
+        reject(offer, criterion, best if len(failing) == 1 else f"up to {best}", len(failing))
+        passing = [node for node, fit in zip(passing, fits, strict=True) if fit]
     return passing
 
 
-def _room(part: Slice, free: Mapping[str, float]) -> int:
-    """Count the containers that fit into what is free; Ray leaves out what is used up."""
+def _rooms(part: Slice, free: Sequence[Mapping[str, float]]) -> list[int]:
+    """Count the containers that fit into what is free of each node; Ray leaves out what is used up."""
     # Ray counts in units of 0.0001, so that a float may come a little short of a whole number.
-    room = (free.get("memory", 0.0) + 0.5) // part.memory_bytes
-    if part.cpus:
-        room = min(room, (free.get("CPU", 0.0) + 1e-5) // part.cpus)
-    if part.gpus:
-        room = min(room, (free.get("GPU", 0.0) + 1e-5) // part.gpus)
-    return int(room)
+    wants = [("memory", part.memory_bytes, 0.5), ("CPU", part.cpus, 1e-5), ("GPU", part.gpus, 1e-5)]
+    rooms = [
+        [(each.get(name, 0.0) + short) // amount for each in free]
+        for name, amount, short in wants
+        if amount
+    ]
+    return [int(min(of_node)) for of_node in zip(*rooms, strict=True)]
 
 
 def _gpu_type(offer: Offer, wanted: tuple[str, ...], rank: int) -> str | None:

@@ -1,4 +1,4 @@
-"""What a node says about itself: `Offer` is one kind of node, `NodeView` one node of a kind.
+"""What a node says about itself: `Offer` is one kind of node.
 
 A node states its figures in labels under ``apothic.io/``; Ray states CPUs, memory, GPUs and the
 accelerator type; what neither states and follows from the GPU's name comes from `apothic.gpus`.
@@ -10,12 +10,12 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from apothic.errors import InvalidOptionError
 from apothic.gpus import GpuSpec, spec_of_node
 
-__all__ = ["LABEL_PREFIX", "OFFER_PREFIX", "NodeView", "Offer", "group_nodes", "ram_bytes"]
+__all__ = ["LABEL_PREFIX", "OFFER_PREFIX", "Node", "Offer", "group_nodes", "ram_bytes"]
 
 LABEL_PREFIX = "apothic.io/"
 OFFER_PREFIX = "offer:"
@@ -115,11 +115,8 @@ class Offer:
         )
 
 
-class NodeView(NamedTuple):
-    """One live node: its id and all of its resources. A tuple, since thousands are made."""
-
-    node_id: str
-    resources: Mapping[str, float]
+Node: TypeAlias = Mapping[str, Any]
+"""One live node as ``ray.nodes()`` gives it; nothing is made of each, since there are thousands."""
 
 
 def ram_bytes(resources: Mapping[str, float]) -> float:
@@ -127,12 +124,12 @@ def ram_bytes(resources: Mapping[str, float]) -> float:
     return resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)
 
 
-def group_nodes(nodes: Sequence[Mapping[str, Any]]) -> list[tuple[Offer, list[NodeView]]]:
+def group_nodes(nodes: Sequence[Node]) -> list[tuple[Offer, list[Node]]]:
     """Sort the live nodes of ``ray.nodes()`` by kind, so that each kind is looked at once.
 
     Memory is no part of a kind: it differs from node to node by a few bytes.
     """
-    kinds: dict[tuple[object, ...], list[NodeView]] = {}
+    kinds: dict[tuple[object, ...], tuple[dict[str, str], list[Node]]] = {}
     for node in nodes:
         if not node["Alive"]:
             continue
@@ -141,27 +138,16 @@ def group_nodes(nodes: Sequence[Mapping[str, Any]]) -> list[tuple[Offer, list[No
         special = [name for name in resources if ":" in name and name[:5] != "node:"]
         if len(special) > 1:
             special.sort()
-        get_label = (node.get("Labels") or {}).get
-        key = (
-            resources.get("CPU", 0.0),
-            resources.get("GPU", 0.0),
-            *special,
-            None,
-            *map(get_label, _LABELS),
-        )
-        views = kinds.get(key)
-        if views is None:
-            views = kinds[key] = []
-        views.append(NodeView(node["NodeID"], resources))
-    result: list[tuple[Offer, list[NodeView]]] = []
-    for views_key, views in kinds.items():
-        cut = views_key.index(None)
-        labels = {
-            label: str(value)
-            for label, value in zip(_LABELS, views_key[cut + 1 :], strict=True)
-            if value is not None
-        }
-        resources = views[0].resources
+        labels: Mapping[str, str] = node.get("Labels") or {}
+        ours = [item for item in labels.items() if item[0] in _LABELS]
+        ours.sort()
+        key = (resources.get("CPU", 0.0), resources.get("GPU", 0.0), *special, *ours)
+        if (kind := kinds.get(key)) is None:
+            kind = kinds[key] = (dict(ours), [])
+        kind[1].append(node)
+    result: list[tuple[Offer, list[Node]]] = []
+    for labels, alike in kinds.values():
+        resources = alike[0]["Resources"]
         result.append(
             (
                 _offer(
@@ -170,7 +156,7 @@ def group_nodes(nodes: Sequence[Mapping[str, Any]]) -> list[tuple[Offer, list[No
                     _special(resources),
                     labels,
                 ),
-                views,
+                alike,
             )
         )
     return result
@@ -221,11 +207,13 @@ _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "disk_gb": ("disk-gb", _number),
 }
 _OFFER_LABEL = LABEL_PREFIX + "offer"
-_LABELS: tuple[str, ...] = (
-    _OFFER_LABEL,
-    _TYPE_LABEL,
-    *_REGION_LABELS,
-    *(LABEL_PREFIX + label for label, _ in _READERS.values()),
+_LABELS = frozenset(
+    {
+        _OFFER_LABEL,
+        _TYPE_LABEL,
+        *_REGION_LABELS,
+        *(LABEL_PREFIX + label for label, _ in _READERS.values()),
+    }
 )
 
 
