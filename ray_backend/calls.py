@@ -146,7 +146,9 @@ class RayCall(CallRef):
 
     def _is_sent_anew(self, ref: Any, error: BaseException) -> bool:
         """Tell whether it failed only on its way to an actor that was moved before it ran."""
-        return self._ref is not ref or (self._instance.is_moving(error) and self._ref is not ref)
+        if self._ref is ref:
+            self._instance.go_on_if_moved(error)
+        return self._ref is not ref
 
     def _send_again(self, ref: Any) -> None:
         """Send a call again that found its instance between two processes; once, whoever waits."""
@@ -316,9 +318,9 @@ class RayStream(ItemStream):
 
     def _is_sent_anew(self, generator: Any, error: rays.RayError) -> bool:
         """Tell whether it failed only on its way to an actor that was moved before it ran."""
-        return self._generator is not generator or (
-            self._instance.is_moving(error) and self._generator is not generator
-        )
+        if self._generator is generator:
+            self._instance.go_on_if_moved(error)
+        return self._generator is not generator
 
     def _confirm(self) -> None:
         self._count += 1

@@ -403,7 +403,13 @@ class RayInstance(InstanceRef):
         seat = ray_api.actor_seat(actor_id)
         return seat is not None and seat.unschedulable
 
-    def is_moving(self, error: BaseException) -> bool:
-        """Tell whether a call failed since its actor was moved; then this goes on with the next."""
-        died = isinstance(error, rays.ActorDiedError)
-        return died and self._may_wait and self.failure is None and self.follow_successor()
+    def go_on_if_moved(self, error: BaseException) -> None:
+        """Go on with the next actor where a call failed since its own was moved.
+
+        Returns when what was on its way has been sent there, whichever thread does that: one that is at
+        it has the next actor already, of which nobody can tell that it was moved.
+        """
+        if isinstance(error, rays.ActorDiedError) and self._may_wait and self.failure is None:
+            self.follow_successor()
+        with self._sending:
+            pass
