@@ -78,6 +78,14 @@ def restarts_of(session: SandboxSession) -> int:
     return int(actor_record(session.actor._actor_id.hex()).get("NumRestarts", 0))
 
 
+def answers(session: SandboxSession) -> bool:
+    try:
+        session.pwd()
+    except SandboxLostError:
+        return False
+    return True
+
+
 def container_of(session: SandboxSession) -> str:
     found = session.inspect().container_id
     assert found
@@ -394,9 +402,11 @@ def test_named_actor_killed(sandbox: Sandbox, docker_engine: Engine):
     for _ in range(2):
         pid, restarts = actor_pid(session), session.inspect().restarts
         os.kill(pid, signal.SIGKILL)
-        # A verb that meets the dying process may have reached it: it is not sent twice.
+        # A verb that meets the dying process may have reached it: it is not sent twice. This process
+        # may learn later than the GCS that there is another.
         eventually(partial(lambda n: restarts_of(session) > n, restarts))
-        result = session.exec("pwd; echo $FIRST$SECOND; cat ../file", shell=True)  # just works
+        eventually(partial(answers, session))
+        result = session.exec("pwd; echo $FIRST$SECOND; cat ../file", shell=True)
         assert result.check().stdout == "/work/deeper\n12\ncontent"
         beats = {session.read_text("/tmp/beat")}
         eventually(partial(lambda seen: session.read_text("/tmp/beat") not in seen, beats))
