@@ -121,6 +121,19 @@ def test_kept_for_the_next_client(engine: Engine, owner: OwnerLabels):
     asyncio.run(run())
 
 
+def test_one_that_ends_while_it_is_removed(engine: Engine, owner: OwnerLabels):
+    """As a session's does, whose agent ends with its stream: the engine may then leave it."""
+
+    async def run() -> None:
+        launched = await launch(engine, spec_of(owner))
+        launched.stream.abort()
+        await asyncio.to_thread(engine.remove, launched.id)
+        assert engine.inspect(launched.id) is None
+
+    for _ in range(20):
+        asyncio.run(run())
+
+
 def test_remove_is_idempotent(engine: Engine, owner: OwnerLabels):
     for _ in range(3):
         created = engine.create_container(spec_of(owner))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -291,17 +292,25 @@ class Engine:
         Raises:
             SandboxEngineError: when it is still there after ``timeout_s``.
         """
+        deadline, met = time.monotonic() + timeout_s, False
         with translated(f"remove the container {container[:12]!r}"):
-            try:
-                self.api.remove_container(container, v=True, force=True)
-            except docker.errors.NotFound:
-                return False
-            except docker.errors.APIError as error:
-                if not (is_conflict(error) and "already in progress" in str(error)):
-                    raise
-                with contextlib.suppress(docker.errors.NotFound):
-                    self.api.wait(container, timeout=timeout_s, condition="removed")  # type: ignore[arg-type]
-        return True
+            while True:
+                try:
+                    self.api.remove_container(container, v=True, force=True)
+                except docker.errors.NotFound:
+                    return met
+                except docker.errors.APIError as error:
+                    met = True
+                    if is_conflict(error) and "already in progress" in str(error):
+                        with contextlib.suppress(docker.errors.NotFound):
+                            self.api.wait(container, timeout=timeout_s, condition="removed")  # type: ignore[arg-type]
+                    # It ended just before it was to be killed for that: then the engine leaves it,
+                    # and does not remove it by itself either, as that was already in progress.
+                    elif "is not running" in str(error) and time.monotonic() < deadline:
+                        continue
+                    else:
+                        raise
+                return True
 
     def list_containers(self, labels: Mapping[str, str | None]) -> list[FoundContainer]:
         """List the containers, running or not, that carry all the labels.
