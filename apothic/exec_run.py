@@ -108,8 +108,7 @@ class ExecRun:
         if self._expiring is not None:
             await self._expiring  # until nothing is alive
         ended = process.exit
-        process.detach()
-        self._process = None
+        self._let_go()
         self._outcome = ExecOutcome(
             returncode=ended.status if ended.status is not None else 128 + (ended.signal or 0),
             signal=ended.signal,

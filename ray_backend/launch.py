@@ -24,7 +24,15 @@ from ray_backend.placement.live import ClusterView, Placement, place
 from ray_backend.ray_api import is_client_mode
 from ray_backend.registry import Registry
 
-__all__ = ["Launched", "homes", "launch", "place_with_volumes", "relaunch", "tied_nodes"]
+__all__ = [
+    "Launched",
+    "find_actor",
+    "homes",
+    "launch",
+    "place_with_volumes",
+    "relaunch",
+    "tied_nodes",
+]
 
 INLINE_BYTES = 64 * 1024
 """Constructor arguments up to this size go with the actor; Ray keeps larger ones in the creator's
@@ -66,7 +74,7 @@ def launch(
         ConflictError: when a volume exists with another backend or size.
     """
     if request.reuse:
-        found = _find(name)
+        found = find_actor(name)
         if found is not None:
             return Launched(found, None)
     spec = request.spec
@@ -94,7 +102,7 @@ def launch(
             launched = Launched(make.options(**ray_options).remote(plan), placement)
         except ValueError:
             # Somebody was quicker; we must know, since only who made an actor may move it.
-            found = _find(name) if request.reuse else None
+            found = find_actor(name) if request.reuse else None
             if found is not None:
                 return Launched(found, None)
             if not request.reuse or attempt == CREATION_ATTEMPTS - 1:
@@ -194,7 +202,8 @@ def homes(registry: Registry, mounts: Iterable[MountSpec]) -> list[str]:
     return sorted(node for node in found if node is not None)
 
 
-def _find(name: str) -> Any:
+def find_actor(name: str) -> Any:
+    """Give the actor of a name; None when there is none."""
     try:
         return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:

@@ -13,7 +13,7 @@ from apothic.names import actor_name
 from apothic.options import ClassOptions
 from apothic.values import ClassInstanceHandle, ClassSpec, InstanceInfo
 from ray_backend.instances import RayInstance
-from ray_backend.launch import Launched, homes, launch
+from ray_backend.launch import Launched, find_actor, homes, launch
 from ray_backend.leases import PINNED
 from ray_backend.moves import take_over
 from ray_backend.names import NAMESPACE
@@ -101,7 +101,7 @@ class Instances:
         try:
             launched = self._launch(request, name, digest)
         except BaseException:
-            if not _exists(name):
+            if find_actor(name) is None:
                 self.client.manager.ask(lambda manager: manager.forget.remote(name))
             raise
         handle = ClassInstanceHandle(
@@ -185,11 +185,3 @@ class Instances:
             for lease in wanted
             for spec in [specs[lease["spec_digest"]]]
         ]
-
-
-def _exists(name: str) -> bool:
-    try:
-        ray.get_actor(name, namespace=NAMESPACE)
-    except ValueError:
-        return False
-    return True

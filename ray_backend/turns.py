@@ -78,9 +78,8 @@ def _begin(
     coro: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop, future: Future[T]
 ) -> None:
     task = loop.create_task(_finish(coro, future))
-    future.add_done_callback(
-        partial(_pass_on_cancel, task, loop)
-    )  # `ray.cancel` cancels the future
+    # `ray.cancel` cancels the future.
+    future.add_done_callback(partial(_pass_on_cancel, task, loop))
 
 
 async def _finish(coro: Coroutine[Any, Any, T], future: Future[T]) -> None:

@@ -27,7 +27,7 @@ from apothic.options import ClassOptions
 from apothic.sandbox_values import SandboxHandle, SandboxSessionInfo
 from apothic.values import SandboxSpec
 from ray_backend.actors.ending import CONTROL_GROUP
-from ray_backend.launch import Launched, place_with_volumes
+from ray_backend.launch import Launched, find_actor, place_with_volumes
 from ray_backend.leases import PINNED, SANDBOX
 from ray_backend.moves import take_over
 from ray_backend.names import NAMESPACE
@@ -191,7 +191,7 @@ class Sandboxes:
         try:
             launched = self._launch(request, name, digest)
         except BaseException:
-            if _find(name) is None:
+            if find_actor(name) is None:
                 self.client.manager.ask(lambda manager: manager.forget.remote(name))
             elif not request.named:  # interrupted, and nobody knows its id
                 holder = self.client.holder
@@ -219,7 +219,7 @@ class Sandboxes:
             f"{handle.app}.{handle.sandbox} {handle.sandbox_id!r} does not live: it was closed, or it "
             f"was lost. Open another."
         )
-        actor, lease = _find(name), self.registry.get_lease(name)
+        actor, lease = find_actor(name), self.registry.get_lease(name)
         if actor is None or lease is None:
             raise gone
         if not lease["named"]:
@@ -335,7 +335,7 @@ class Sandboxes:
         }
 
         def ask(manager: Any) -> Any:
-            exists = not request.named or _find(name) is not None
+            exists = not request.named or find_actor(name) is not None
             return manager.acquire_sandbox.remote(
                 name, holder, record, request.max_sessions, exists
             )
@@ -360,7 +360,7 @@ class Sandboxes:
 
     def _launch(self, request: SandboxRequest, name: str, digest: str) -> Launched:
         """Make the actor, or give the one of this name; a placement says that it was made here."""
-        found = _find(name) if request.named else None
+        found = find_actor(name) if request.named else None
         if found is not None:
             return Launched(found, None)
         options = ClassOptions.model_validate(request.spec.options)
@@ -404,7 +404,7 @@ class Sandboxes:
             try:
                 return Launched(make.remote(plan), placement)
             except ValueError:
-                found = _find(plan.actor_name) if plan.named else None
+                found = find_actor(plan.actor_name) if plan.named else None
                 if found is not None:
                     return Launched(found, None)
                 if not plan.named or attempt == CREATION_ATTEMPTS - 1:
@@ -422,10 +422,3 @@ def _actor_class() -> Any:
         make: Any = ray.remote  # its stubs do not know concurrency groups
         _actor_classes[job] = make(concurrency_groups={CONTROL_GROUP: CONTROL_CALLS})(SandboxActor)
     return _actor_classes[job]
-
-
-def _find(name: str) -> Any:
-    try:
-        return ray.get_actor(name, namespace=NAMESPACE)
-    except ValueError:
-        return None

@@ -84,7 +84,7 @@ class Cluster:
 def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     made = Cluster()
     made.registry.put_lease(NAME, {})  # it comes before the actor
-    monkeypatch.setattr(launching, "_find", made.find)
+    monkeypatch.setattr(launching, "find_actor", made.find)
     monkeypatch.setattr(launching, "_actor_class", made.actor_class)
     monkeypatch.setattr(launching, "is_client_mode", lambda: request.param == "client")
     return made

@@ -297,6 +297,7 @@ class Engine:
             while True:
                 try:
                     self.api.remove_container(container, v=True, force=True)
+                    return True
                 except docker.errors.NotFound:
                     return met
                 except docker.errors.APIError as error:
@@ -304,13 +305,11 @@ class Engine:
                     if is_conflict(error) and "already in progress" in str(error):
                         with contextlib.suppress(docker.errors.NotFound):
                             self.api.wait(container, timeout=timeout_s, condition="removed")  # type: ignore[arg-type]
+                        return True
                     # It ended just before it was to be killed for that: then the engine leaves it,
                     # and does not remove it by itself either, as that was already in progress.
-                    elif "is not running" in str(error) and time.monotonic() < deadline:
-                        continue
-                    else:
+                    if "is not running" not in str(error) or time.monotonic() > deadline:
                         raise
-                return True
 
     def list_containers(self, labels: Mapping[str, str | None]) -> list[FoundContainer]:
         """List the containers, running or not, that carry all the labels.
