@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from operator import ge, le
 from typing import Any
 
 from apothic.constraints import PlacementConstraints
 from apothic.gpus import ANY_GPU
 from ray_backend.placement.criterion import (
-    MEGABYTE,
     Criterion,
     Slice,
     figure,
@@ -19,7 +20,7 @@ from ray_backend.placement.criterion import (
     show_gpu,
 )
 from ray_backend.placement.filters import filter_criterion
-from ray_backend.placement.offers import Offer, ram_bytes
+from ray_backend.placement.offers import Offer, memory_mb, ram_mb
 
 __all__ = ["compile_criteria", "gpu_rank"]
 
@@ -58,16 +59,7 @@ def compile_criteria(constraints: PlacementConstraints, part: Slice) -> list[Cri
     if part.gpus and "gpu_count" not in constraints.given:
         criteria.append(gpu_count)
     criteria.append(_at_least("cpu", part.cpus, "cores", lambda o: o.cpus, capacity=True))
-    criteria.append(
-        _at_least(
-            "memory_mb",
-            part.memory_bytes / 2**20,
-            "MB",
-            lambda resources: math.floor(resources.get("memory", 0.0) / 2**20),
-            per_node=True,
-            capacity=True,
-        )
-    )
+    criteria.append(_memory(part.memory_bytes / 2**20))
     return criteria
 
 
@@ -75,7 +67,7 @@ def _at_least(
     parameter: str,
     low: float,
     unit: str,
-    read: Callable[[Any], float | None],
+    read: Callable[[Any], Any],
     fact: str = "",
     per_node: bool = False,
     capacity: bool = False,
@@ -85,11 +77,28 @@ def _at_least(
         parameter,
         f"at least {figure(low, unit)}",
         read,
-        lambda value: bool(value >= bound),
+        partial(le, bound),
         lambda value: figure(value, unit),
         fact,
         per_node,
         capacity,
+    )
+
+
+def _ram_gb(resources: Iterable[Mapping[str, float]]) -> list[float]:
+    return [each / 1000 for each in ram_mb(resources)]
+
+
+def _memory(low_mb: float) -> Criterion:
+    return Criterion(
+        "memory_mb",
+        f"at least {figure(low_mb, 'MB')}",
+        memory_mb,
+        partial(le, low_mb * (1 - _SLACK)),
+        # Rounded down, so that what is short of it never reads as enough.
+        lambda value: figure(math.floor(value), "MB"),
+        per_node=True,
+        capacity=True,
     )
 
 
@@ -101,7 +110,7 @@ def _at_most(
         parameter,
         f"at most {figure(high, unit)}",
         read,
-        lambda value: bool(value <= bound),
+        partial(ge, bound),
         lambda value: figure(value, unit),
         fact,
     )
@@ -137,13 +146,7 @@ def _bound(name: str, value: float, part: Slice) -> Criterion:
     if name == "min_cpu_cores":
         return _at_least(name, value, "cores", lambda o: o.cpus)
     if name == "min_cpu_ram_gb":
-        return _at_least(
-            name,
-            value,
-            "GB",
-            lambda resources: ram_bytes(resources) / MEGABYTE / 1000,
-            per_node=True,
-        )
+        return _at_least(name, value, "GB", _ram_gb, per_node=True)
     unit, fact = _FACTS[name]
     return _at_least(name, value, unit, lambda o: offer_fact(o, fact), fact)
 

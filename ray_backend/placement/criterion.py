@@ -14,7 +14,6 @@ from apothic.gpus import resolve_gpu, same_gpu_name
 from ray_backend.placement.offers import Offer
 
 __all__ = [
-    "MEGABYTE",
     "Criterion",
     "Slice",
     "figure",
@@ -23,9 +22,6 @@ __all__ = [
     "places_of",
     "show_gpu",
 ]
-
-MEGABYTE = 1_000_000
-"""Bytes in the marketplace's megabyte; it forgives what a machine keeps to itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +63,8 @@ class Criterion:
     Attributes:
         parameter: what the user wrote, ``offer_filters.gpu_ram.gte`` for a filter.
         wanted: what it wants, for the table.
-        read: gives the fact; None when nobody states it. Takes an `Offer`, and
-            where ``per_node`` the resources of a node.
+        read: gives the fact of an `Offer`; None when nobody states it. Where ``per_node`` it takes
+            the resources of any number of nodes, and gives a list of what each has.
         test: whether a stated fact will do.
         show: gives the fact as text.
         fact: the attribute of `Offer` that a malformed label would have stated.
@@ -101,7 +97,7 @@ class Criterion:
 
     def node_failure(self, resources: Mapping[str, float]) -> str | None:
         """Do the same for what differs by node."""
-        value = self.read(resources)
+        (value,) = self.read([resources])
         return None if self.test(value) else self.show(value)
 
     def _unstated(self, offer: Offer) -> str:

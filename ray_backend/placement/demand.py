@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,7 +79,7 @@ class Choice:
     room: int
     rank: int
     cost_per_hour_usd: float | None
-    room_by_node: tuple[tuple[str, int], ...] = field(default=(), repr=False, compare=False)
+    room_by_node: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def plan(
                 sum(choice.room for choice in choices),
                 0,
                 None,
-                tuple(each for choice in choices for each in choice.room_by_node),
+                _together(choice.room_by_node for choice in choices),
             )
         ]
     ready = sorted((choice for choice in choices if choice.room), key=_by_preference)
@@ -232,7 +232,7 @@ def _choices(constraints: PlacementConstraints, bare: Demand, found: Survey) -> 
 def _choice(bare: Demand, matches: Sequence[Match], gpu_type: str | None, select: bool) -> Choice:
     offer_id = matches[0].offer.offer_id
     names = sorted({match.offer.name for match in matches})
-    room = [each for match in matches for each in match.room]
+    room = _together(match.room for match in matches)
     prices = [match.cost_per_hour_usd for match in matches]
     known = [price for price in prices if price is not None]
     return Choice(
@@ -244,16 +244,23 @@ def _choice(bare: Demand, matches: Sequence[Match], gpu_type: str | None, select
         ),
         names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more",
         len(room),
-        sum(count for _, count in room),
+        sum(room.values()),
         min(match.rank for match in matches),
         max(known) if len(known) == len(prices) else None,
-        tuple(room),
+        room,
     )
 
 
-def _selector(room: Sequence[tuple[str, int]]) -> str:
+def _together(rooms: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    room: dict[str, int] = {}
+    for each in rooms:
+        room.update(each)
+    return room
+
+
+def _selector(room: Mapping[str, int]) -> str:
     """Name nodes, the emptiest first where there are too many to name."""
-    best = sorted(room, key=lambda each: (-each[1], each[0]))[:MAX_SELECTED_NODES]
+    best = sorted(room.items(), key=lambda each: (-each[1], each[0]))[:MAX_SELECTED_NODES]
     ids = sorted(node_id for node_id, _ in best)
     return ids[0] if len(ids) == 1 else f"in({','.join(ids)})"
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from operator import ge, gt, le, lt
 from typing import Any
 
 from apothic.offers import FILTER_FIELDS, FilterField, Operator
 from ray_backend.placement.criterion import (
-    MEGABYTE,
     Criterion,
     figure,
     is_gpu,
@@ -16,7 +17,7 @@ from ray_backend.placement.criterion import (
     places_of,
     show_gpu,
 )
-from ray_backend.placement.offers import ram_bytes
+from ray_backend.placement.offers import ram_mb
 
 __all__ = ["filter_criterion"]
 
@@ -40,6 +41,8 @@ _FILTERED: dict[str, str] = {
     "verified": "verified",
     "datacenter": "secure_cloud",
 }
+# operator -> the same with the value on the left, where `partial` puts it
+_TURNED: dict[Operator, Callable[[Any, Any], bool]] = {"gt": lt, "gte": le, "lt": gt, "lte": ge}
 _SIGNS: dict[Operator, str] = {
     "eq": "=",
     "neq": "not",
@@ -87,7 +90,7 @@ def filter_criterion(field: str, operator: Operator, value: Any) -> Criterion:
         return Criterion(
             parameter,
             wanted,
-            lambda resources: ram_bytes(resources) / MEGABYTE,
+            ram_mb,
             test,
             show,
             per_node=True,
@@ -109,14 +112,8 @@ def _found(operator: Operator, found: bool) -> bool:
 
 def _comparison(operator: Operator, value: Any) -> Callable[[Any], bool]:
     """Give what an operator says of a fact; of memory it is asked for each of thousands of nodes."""
-    if operator == "gt":
-        return lambda has: bool(has > value)
-    if operator == "gte":
-        return lambda has: bool(has >= value)
-    if operator == "lt":
-        return lambda has: bool(has < value)
-    if operator == "lte":
-        return lambda has: bool(has <= value)
+    if (turned := _TURNED.get(operator)) is not None:
+        return partial(turned, value)
     items = value if isinstance(value, tuple) else (value,)
 
     def is_one(has: Any) -> bool:

@@ -89,16 +89,16 @@ class Placement:
 
     def with_a_node(self) -> Placement:
         """Pick one node with room, by chance as far as it has room; itself where none has any."""
-        room = [(node_id, count) for node_id, count in self.choice.room_by_node if count]
-        if self.node_id is not None or not room:
+        room = self.choice.room_by_node
+        if self.node_id is not None or not self.choice.room:
             return self
-        nodes, counts = zip(*room, strict=True)
-        return replace(self, chosen=random.choices(nodes, weights=counts)[0])
+        (chosen,) = random.choices(list(room), weights=list(room.values()))
+        return replace(self, chosen=chosen)
 
     def on_node(self, node_id: str) -> Placement:
         """Stay on a node that qualifies, with room or not; itself where it does not."""
         for choice in self.plan.choices:
-            if any(each == node_id for each, _ in choice.room_by_node):
+            if node_id in choice.room_by_node:
                 others = (each for each in self.plan.choices if each is not choice)
                 plan = replace(self.plan, choices=(choice, *others))
                 return replace(self, plan=plan, chosen=node_id)
@@ -121,11 +121,7 @@ class Placement:
         if self.chosen is None:
             return found.plan.has_room and found.choice.demand != self.choice.demand
         # Where its node has no room and no other has, it waits better without a node.
-        return not any(
-            node_id == self.chosen and count
-            for choice in found.plan.choices
-            for node_id, count in choice.room_by_node
-        )
+        return not any(choice.room_by_node.get(self.chosen) for choice in found.plan.choices)
 
     def ray_options(self) -> dict[str, Any]:
         """Give the keyword arguments for an actor's ``.options``."""

@@ -21,7 +21,7 @@ class Match:
 
     Attributes:
         offer: the kind.
-        room: the nodes of it that qualify, and how many such containers each has room for now.
+        room: for how many such containers each node of it that qualifies has room now, by node id.
         rank: place of its GPU in the ``gpu`` list.
         cost_per_hour_usd: price of the slice; None where the nodes state none.
         gpu_type: the ``accelerator_type:`` resource that by itself names the wanted GPU.
@@ -29,7 +29,7 @@ class Match:
     """
 
     offer: Offer
-    room: tuple[tuple[str, int], ...]
+    room: Mapping[str, int]
     rank: int
     cost_per_hour_usd: float | None
     gpu_type: str | None
@@ -99,7 +99,7 @@ def survey(
         key = (offer.name, offer.offer_id, criterion, has)
         counts[key] = counts.get(key, 0) + nodes
 
-    def accept(offer: Offer, room: tuple[tuple[str, int], ...], started: bool) -> None:
+    def accept(offer: Offer, room: Mapping[str, int], started: bool) -> None:
         rank = gpu_rank(offer, constraints.gpu) if constraints.gpu else 0
         cost = part.cost_per_hour_usd(offer)
         gpu_type = _gpu_type(offer, constraints.gpu or (), rank or 0)
@@ -116,7 +116,7 @@ def survey(
         if passing:
             ids = [node["NodeID"] for node in passing]
             held = [free.get(node["NodeID"], node["Resources"]) for node in passing]
-            accept(offer, tuple(zip(ids, _rooms(part, held), strict=True)), True)
+            accept(offer, dict(zip(ids, _rooms(part, held), strict=True)), True)
     for offer in registered:
         # What live nodes of the offer say about themselves is newer than the registration.
         if offer.offer_id in live:
@@ -125,7 +125,7 @@ def survey(
         if failed is not None:
             reject(offer, *failed, 0)
         else:
-            accept(offer, (), False)
+            accept(offer, {}, False)
     rejections = [
         Rejection(name, offer_id, nodes, it.parameter, has, it.wanted, it.capacity)
         for (name, offer_id, it, has), nodes in counts.items()
@@ -161,7 +161,7 @@ def _passing_nodes(
     """Keep the nodes of one kind whose memory will do; note the others, by their best figure."""
     passing = kind
     for criterion in criteria:
-        has = [criterion.read(node["Resources"]) for node in passing]
+        has = criterion.read([node["Resources"] for node in passing])
         fits = list(map(criterion.test, has))
         if all(fits):
             continue
@@ -181,7 +181,7 @@ def _rooms(part: Slice, free: Sequence[Mapping[str, float]]) -> list[int]:
         for name, amount, short in wants
         if amount
     ]
-    return [int(min(of_node)) for of_node in zip(*rooms, strict=True)]
+    return list(map(int, map(min, *rooms) if len(rooms) > 1 else rooms[0]))
 
 
 def _gpu_type(offer: Offer, wanted: tuple[str, ...], rank: int) -> str | None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, TypeAlias
 
 from apothic.errors import InvalidOptionError
 from apothic.gpus import GpuSpec, spec_of_node
 
-__all__ = ["LABEL_PREFIX", "OFFER_PREFIX", "Node", "Offer", "group_nodes", "ram_bytes"]
+__all__ = ["LABEL_PREFIX", "OFFER_PREFIX", "Node", "Offer", "group_nodes", "memory_mb", "ram_mb"]
 
 LABEL_PREFIX = "apothic.io/"
 OFFER_PREFIX = "offer:"
@@ -99,7 +101,7 @@ class Offer:
             InvalidOptionError: without exactly one ``offer:<id>`` resource, which is what tells
                 the autoscaler which type to start.
         """
-        special = _special(resources)
+        special = sorted(filter(_is_special, resources))
         ids = [each for each in special if each.startswith(OFFER_PREFIX)]
         if len(ids) != 1:
             raise InvalidOptionError(
@@ -119,9 +121,20 @@ Node: TypeAlias = Mapping[str, Any]
 """One live node as ``ray.nodes()`` gives it; nothing is made of each, since there are thousands."""
 
 
-def ram_bytes(resources: Mapping[str, float]) -> float:
-    """Give the memory of the machine: Ray splits it into memory and object store."""
-    return resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)
+def memory_mb(resources: Iterable[Mapping[str, float]]) -> list[float]:
+    """Give the memory that each node has for containers, in units of 2**20 bytes."""
+    return [each.get("memory", 0.0) / 2**20 for each in resources]
+
+
+def ram_mb(resources: Iterable[Mapping[str, float]]) -> list[float]:
+    """Give the memory of each machine, in the marketplace's units of 10**6 bytes.
+
+    Ray splits it into memory and object store.
+    """
+    return [
+        (each.get("memory", 0.0) + each.get("object_store_memory", 0.0)) / 1_000_000
+        for each in resources
+    ]
 
 
 def group_nodes(nodes: Sequence[Node]) -> list[tuple[Offer, list[Node]]]:
@@ -129,45 +142,46 @@ def group_nodes(nodes: Sequence[Node]) -> list[tuple[Offer, list[Node]]]:
 
     Memory is no part of a kind: it differs from node to node by a few bytes.
     """
-    kinds: dict[tuple[object, ...], tuple[dict[str, str], list[Node]]] = {}
-    for node in nodes:
-        if not node["Alive"]:
-            continue
-        resources: Mapping[str, float] = node["Resources"]
-        # Most resources of a node are few plain words and its own `node:<address>`.
-        special = [name for name in resources if ":" in name and name[:5] != "node:"]
-        if len(special) > 1:
-            special.sort()
-        labels: Mapping[str, str] = node.get("Labels") or {}
-        ours = [item for item in labels.items() if item[0] in _LABELS]
-        ours.sort()
-        key = (resources.get("CPU", 0.0), resources.get("GPU", 0.0), *special, *ours)
-        if (kind := kinds.get(key)) is None:
-            kind = kinds[key] = (dict(ours), [])
-        kind[1].append(node)
-    result: list[tuple[Offer, list[Node]]] = []
-    for labels, alike in kinds.values():
-        resources = alike[0]["Resources"]
-        result.append(
-            (
-                _offer(
-                    float(resources.get("CPU", 0.0)),
-                    float(resources.get("GPU", 0.0)),
-                    _special(resources),
-                    labels,
-                ),
-                alike,
-            )
-        )
-    return result
-
-
-def _special(resources: Mapping[str, float]) -> list[str]:
-    return sorted(
-        name
-        for name in resources
-        if name.startswith((OFFER_PREFIX, _TYPE_PREFIX)) and not _OF_PLACEMENT_GROUP.search(name)
+    live = [node for node in nodes if node["Alive"]]
+    resources: list[Mapping[str, float]] = [node["Resources"] for node in live]
+    labels: list[Mapping[str, str]] = [node.get("Labels") or {} for node in live]
+    # Column by column, since with thousands of nodes what is done for each of them is what counts.
+    special = frozenset(filter(_is_special, set[str]().union(*resources)))
+    stated = sorted(_LABELS.intersection(set[str]().union(*labels)))
+    keys = zip(
+        [each.get("CPU", 0.0) for each in resources],
+        [each.get("GPU", 0.0) for each in resources],
+        map(special.intersection, resources),
+        zip(*([each.get(label) for each in labels] for label in stated), strict=True)
+        if stated
+        else repeat((), len(live)),
+        strict=True,
     )
+    kinds: defaultdict[tuple[float, float, frozenset[str], tuple[str | None, ...]], list[Node]] = (
+        defaultdict(list)
+    )
+    for key, node in zip(keys, live, strict=True):
+        kinds[key].append(node)
+    return [
+        (
+            _offer(
+                float(cpus),
+                float(gpus),
+                sorted(names),
+                {
+                    label: text
+                    for label, text in zip(stated, texts, strict=True)
+                    if text is not None
+                },
+            ),
+            alike,
+        )
+        for (cpus, gpus, names, texts), alike in kinds.items()
+    ]
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith((OFFER_PREFIX, _TYPE_PREFIX)) and not _OF_PLACEMENT_GROUP.search(name)
 
 
 def _number(text: str) -> float:

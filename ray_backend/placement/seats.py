@@ -18,7 +18,7 @@ _HELD = ("CPU", "GPU", "memory")
 
 def holders(plan: Plan, seats: Sequence[ActorSeat]) -> list[str]:
     """Name the actors that hold CPUs, GPUs or memory on the nodes that would do."""
-    nodes = {node_id for match in plan.survey.matches for node_id, _ in match.room}
+    nodes = {node_id for match in plan.survey.matches for node_id in match.room}
     return sorted(
         _label(seat)
         for seat in seats

@@ -170,7 +170,7 @@ def values(rungs: dict[str, int]) -> dict[str, Any]:
 
 
 def matching(found: Plan) -> set[str]:
-    return {node_id for match in found.survey.matches for node_id, _ in match.room}
+    return {node_id for match in found.survey.matches for node_id in match.room}
 
 
 def outcome(nodes: list[dict[str, Any]], constraints: dict[str, Any], **more: Any) -> Plan | str:

@@ -26,7 +26,7 @@ from tests.placement.scale import (
 
 T = TypeVar("T")
 
-ROUNDS = 30
+ROUNDS = 100
 
 
 def takes_at_most(limit_s: float, function: Callable[[], T]) -> T:
