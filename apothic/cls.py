@@ -17,6 +17,7 @@ from apothic.errors import (
     ClassNotFoundError,
     HandleError,
     InstanceNotFoundError,
+    InstanceStartError,
     UsageError,
 )
 from apothic.function import Function, RemoteFunction
@@ -220,7 +221,7 @@ class Cls(DescribedClass):
         request = self._request(
             uuid.uuid4().hex, self._pack(args, kwargs), digest, named=False, reuse=False
         )
-        return self._started(self._client().start(request))
+        return self._started(lambda: self._client().start(request))
 
     def named(self, instance_id: str, *args: Any, **kwargs: Any) -> ClassInstance:
         """Get or create the instance of an id, free of races. It lives until it is closed.
@@ -244,7 +245,7 @@ class Cls(DescribedClass):
                 raise
             # Without arguments an existing one is meant, whatever its constructor wants.
             try:
-                return self._started(client.attach(self._named_handle(instance_id)))
+                return self._started(lambda: client.attach(self._named_handle(instance_id)))
             except InstanceNotFoundError:
                 raise error from None
         request = self._request(
@@ -255,7 +256,7 @@ class Cls(DescribedClass):
             reuse=True,
             match=bool(args or kwargs),
         )
-        return self._started(client.start(request))
+        return self._started(lambda: client.start(request))
 
     def local(self, *args: Any, **kwargs: Any) -> LocalClassInstance:
         """Make the object in this process and run its enter hooks, sync and async ones.
@@ -376,9 +377,18 @@ class Cls(DescribedClass):
         _check_cluster(parsed, client)
         return parsed, client
 
-    def _started(self, ref: InstanceRef) -> ClassInstance:
-        ref.wait_ready()
-        return self._instance(ref)
+    def _started(self, find: Callable[[], InstanceRef]) -> ClassInstance:
+        ref: InstanceRef | None = None
+        try:
+            ref = find()  # within, so that nothing is left whenever Ctrl-C comes
+            ref.wait_ready()
+            return self._instance(ref)
+        except InstanceStartError:
+            raise  # nothing of it is left
+        except BaseException:
+            if ref is not None:
+                ref.release()  # nobody else knows of a fresh one; a named one is not leased
+            raise
 
     def _instance(self, ref: InstanceRef) -> ClassInstance:
         label = f"{self._label} {ref.handle.instance_id!r}"

@@ -381,15 +381,17 @@ class Sandbox:
             attempt += 1
 
     def _open_once(self, client: ControlPlaneClient, request: SandboxRequest) -> SandboxSession:
-        ref = client.start_sandbox(request)
+        ref: SandboxRef | None = None
         try:
+            ref = client.start_sandbox(request)  # within, as nothing is left whenever Ctrl-C comes
             ref.wait_ready()
+            return SandboxSession(self, ref)
         except (SandboxStartError, SandboxLostError):
             raise  # nothing of it is left
         except BaseException:
-            ref.release()
+            if ref is not None:
+                ref.release()
             raise
-        return SandboxSession(self, ref)
 
     def _find(self, handle: SandboxHandle | dict[str, Any] | str) -> SandboxRef:
         parsed = _parse(handle)

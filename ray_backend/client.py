@@ -36,6 +36,7 @@ from ray_backend import ray_api, volumes
 from ray_backend.actors.loading import share_class_identities
 from ray_backend.connection import ensure_connected
 from ray_backend.launch import homes
+from ray_backend.lease_link import LeaseLink
 from ray_backend.lifecycle import Instances
 from ray_backend.manager import instance_names
 from ray_backend.manager_link import ManagerLink
@@ -90,6 +91,7 @@ class RayClient(ControlPlaneClient):
         self._sandboxes = Sandboxes(self)
         self._own_cluster = ray_api.is_own_cluster()
         self.manager = ManagerLink()
+        self.leases = LeaseLink(self)
         self._leased = False
         self.background = ThreadPoolExecutor(8, thread_name_prefix="apothic-ray")
         self.is_proxy = ray_api.is_client_mode()

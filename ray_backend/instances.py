@@ -193,9 +193,9 @@ class RayInstance(InstanceRef):
 
     def take_over(self, other: RayInstance) -> None:
         """Go on with another actor of the same name."""
-        self.follow(other.native, other.placement)
+        self.go_to(other.native, other.placement)
 
-    def follow(self, actor: Any, placement: Placement | None) -> None:
+    def go_to(self, actor: Any, placement: Placement | None) -> None:
         """Go on with another actor; ``placement`` says where it was asked for, if we made it.
 
         What was on its way to one that waited for room has not run, and is sent to this one.
@@ -267,10 +267,8 @@ class RayInstance(InstanceRef):
         return self._client.manager.close(self.name, self.actor_id)
 
     def release(self) -> None:
-        """Give up this process's lease; with the connection they have all ended."""
-        if self.is_connected:
-            name, holder = self.name, self._client.holder
-            self._client.manager.ask(lambda manager: manager.release.remote(name, holder))
+        """Give up this process's lease."""
+        self._client.leases.release(self.name)
 
     @property
     def is_connected(self) -> bool:
@@ -394,7 +392,7 @@ class RayInstance(InstanceRef):
         found = find_other_actor(self.name, actor_id)
         if found is None:
             return False
-        self.follow(found, None)
+        self.go_to(found, None)
         return True
 
     def _lost_its_nodes(self, actor_id: str) -> bool:

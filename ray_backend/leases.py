@@ -61,6 +61,7 @@ class LeaseBook:
         self._leases: dict[str, dict[str, Any]] = {}
         self._seen: dict[str, float] = {}
         self._came: set[str] = set()
+        self._asked: dict[str, int] = {}
         self._orphans: dict[str, int] = {}
         self._stopping: set[str] = set()
         for name in store.list_leases():
@@ -68,6 +69,7 @@ class LeaseBook:
             if record is not None:
                 self._leases[name] = record
                 self._seen[name] = clock()
+                self._asked[name] = 2  # who has asked is not known any more
 
     def acquire(self, name: str, holder: str, record: dict[str, Any]) -> bool:
         """Add a holder; the first one writes ``record``. False while the instance is stopping."""
@@ -77,12 +79,16 @@ class LeaseBook:
     def _acquire(self, name: str, holder: str, record: dict[str, Any]) -> bool:
         if name in self._stopping:
             return False
-        lease = self._leases.get(name) or {**record, "holders": []}
+        lease = self._leases.get(name)
+        if lease is None:
+            lease = {**record, "holders": []}
+            self._asked[name] = 0
         if holder not in lease["holders"]:
             lease = {**lease, "holders": [*lease["holders"], holder]}
         self._store.put_lease(name, lease)
         self._leases[name] = lease
         self._seen[name] = self._clock()
+        self._asked[name] += 1
         return True
 
     def acquire_sandbox(
@@ -189,8 +195,18 @@ class LeaseBook:
         with self._lock:
             self._forget(name)
 
+    def abandon(self, name: str) -> None:
+        """Drop a lease whose actor could not be made, unless others asked for it and may make it.
+
+        Where they do not, a sweep drops it.
+        """
+        with self._lock:
+            if self._asked.get(name) == 1 and name not in self._stopping:
+                self._forget(name)
+
     def _forget(self, name: str) -> None:
         self._leases.pop(name, None)
+        self._asked.pop(name, None)
         self._seen.pop(name, None)
         self._came.discard(name)
         self._orphans.pop(name, None)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import ray
 
 from apothic.backend import StartRequest
-from apothic.errors import BackendError, InstanceNotFoundError
+from apothic.errors import InstanceNotFoundError
 from apothic.names import actor_name
 from apothic.options import ClassOptions
 from apothic.values import ClassInstanceHandle, ClassSpec, InstanceInfo
 from ray_backend.instances import RayInstance
-from ray_backend.launch import Launched, find_actor, homes, launch
+from ray_backend.launch import Launched, homes, launch
 from ray_backend.leases import PINNED
-from ray_backend.moves import take_over
+from ray_backend.moves import move
 from ray_backend.names import NAMESPACE
 from ray_backend.placement.live import ClusterView, Placement, place
-from ray_backend.readiness import STOPPING_WAIT_S, wait_ready
+from ray_backend.readiness import wait_ready
 from ray_backend.starting import Starts
 
 if TYPE_CHECKING:
@@ -54,16 +53,7 @@ class Instances:
         assert request is not None
         assert instance.placement is not None
         name, digest = instance.name, instance.handle.spec_digest
-        launched = take_over(
-            self.client.manager,
-            name,
-            instance.actor_id,
-            lambda: self._launch(request, name, digest),
-        )
-        if launched is None:
-            return False
-        instance.follow(launched.actor, launched.placement)
-        return True
+        return move(self.client.manager, instance, lambda: self._launch(request, name, digest))
 
     def find_spec(self, digest: str) -> ClassSpec | None:
         """Read a class spec."""
@@ -85,39 +75,32 @@ class Instances:
             "named": request.named,
             "spec_digest": digest,
         }
-        deadline = time.monotonic() + STOPPING_WAIT_S
-        while True:
-            self.client.note_lease()
-            if self.client.manager.ask(
-                lambda manager: manager.acquire.remote(name, holder, record)
-            ):
-                break
-            if time.monotonic() > deadline:
-                raise BackendError(
-                    f"{spec.app}.{spec.name} {request.instance_id!r} is still being stopped after "
-                    f"{STOPPING_WAIT_S:g} s. Try again, or use another id."
+
+        def attempt() -> bool:
+            return bool(
+                self.client.manager.ask(
+                    lambda manager: manager.acquire.remote(name, holder, record)
                 )
-            time.sleep(0.01)
-        try:
+            )
+
+        label = f"{spec.app}.{spec.name} {request.instance_id!r}"
+        shared = request.named or request.reuse
+        with self.client.leases.creating(name, label, attempt, shared=shared):
             launched = self._launch(request, name, digest)
-        except BaseException:
-            if find_actor(name) is None:
-                self.client.manager.ask(lambda manager: manager.forget.remote(name))
-            raise
-        handle = ClassInstanceHandle(
-            cluster_id=self.client.cluster_id,
-            app=spec.app,
-            cls=spec.name,
-            instance_id=request.instance_id,
-            spec_digest=digest,
-            named=request.named,
-        )
-        instance = RayInstance(self, handle, launched.actor, ready=False)
-        instance.request = request
-        instance.placement = launched.placement
-        if request.reuse and not request.named:
-            self._starts.watch(instance)  # nobody need wait for what `bind` starts
-        return instance
+            handle = ClassInstanceHandle(
+                cluster_id=self.client.cluster_id,
+                app=spec.app,
+                cls=spec.name,
+                instance_id=request.instance_id,
+                spec_digest=digest,
+                named=request.named,
+            )
+            instance = RayInstance(self, handle, launched.actor, ready=False)
+            instance.request = request
+            instance.placement = launched.placement
+            if request.reuse and not request.named:
+                self._starts.watch(instance)  # nobody need wait for what `bind` starts
+            return instance
 
     def attach(self, handle: ClassInstanceHandle) -> RayInstance:
         """Reach a live instance."""
@@ -133,11 +116,8 @@ class Instances:
         lease = self.client.registry.get_lease(name)
         if lease is None:
             raise gone
-        if not lease["named"]:
-            self.client.note_lease()
-            holder = self.client.holder
-            if not self.client.manager.ask(lambda manager: manager.join.remote(name, holder)):
-                raise gone
+        if not lease["named"] and not self.client.leases.join(name):
+            raise gone
         handle = handle.model_copy(
             update={"spec_digest": lease["spec_digest"], "named": lease["named"]}
         )

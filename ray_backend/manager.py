@@ -137,8 +137,12 @@ class Manager:
         return ray_api.actor_seats(state)
 
     def forget(self, name: str) -> None:
-        """Drop the lease of an instance that was never made."""
+        """Drop the lease of an instance that is gone."""
         self._book.forget(name)
+
+    def abandon(self, name: str) -> None:
+        """Drop the lease of an instance that could not be made, unless others may be making it."""
+        self._book.abandon(name)
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Give all leases."""

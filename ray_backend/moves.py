@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
@@ -13,11 +13,40 @@ from ray_backend.launch import Launched
 from ray_backend.manager import remove_actor
 from ray_backend.manager_link import ManagerLink
 from ray_backend.names import NAMESPACE
+from ray_backend.placement.live import Placement
 
-__all__ = ["find_other_actor", "take_over"]
+__all__ = ["Movable", "find_other_actor", "move", "take_over"]
 
 SUCCESSOR_WAIT_S = 5.0
 """Seconds to wait for the actor that takes a name over from one that was removed for it."""
+
+
+class Movable(Protocol):
+    """What may be moved while it waits for room: an instance or a session, by its actor."""
+
+    @property
+    def name(self) -> str:
+        """The actor's name."""
+
+    @property
+    def actor_id(self) -> str:
+        """The actor's id, in hex."""
+
+    def go_to(self, actor: Any, placement: Placement | None) -> None:
+        """Go on with another actor, which was asked for there."""
+
+
+def move(manager: ManagerLink, moved: Movable, make: Callable[[], Launched]) -> bool:
+    """Replace what still waits for room, as `take_over` does, and go on with what took its place.
+
+    Returns:
+        False when there was nothing to move.
+    """
+    launched = take_over(manager, moved.name, moved.actor_id, make)
+    if launched is None:
+        return False
+    moved.go_to(launched.actor, launched.placement)
+    return True
 
 
 def take_over(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 __all__ = ["MANAGER_NAME", "NAMESPACE", "PROTOCOL_VERSION", "SESSION_MARK", "is_session_name"]
 
-NAMESPACE = "apothic"
-"""The Ray namespace of all our actors: jobs have an anonymous one each and would not meet."""
-
 PROTOCOL_VERSION = 1
-"""Of the manager and what lies in the registry; two may live on a cluster side by side."""
+"""Of what client, manager and workers say to one another, and of what lies in the registry.
+
+To be raised with every change that would mislead a process of the release before. Releases of different
+versions share a cluster side by side and do not see each other.
+"""
+
+NAMESPACE = f"apothic-v{PROTOCOL_VERSION}"
+"""Where all that is ours lies: the Ray namespace of our actors, since jobs have an anonymous one each
+and would not meet; that of the registry; and that in the labels of containers."""
 
 MANAGER_NAME = f"apothic-manager-v{PROTOCOL_VERSION}"
 

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 from ray.experimental import internal_kv as kv
 
+from ray_backend.names import NAMESPACE
+
 __all__ = ["Registry", "StartRecord"]
 
-_NAMESPACE = b"apothic-v1"
+_NAMESPACE = NAMESPACE.encode()
 _WORD_S = 3600.0
 _NO_ENGINE_S = 60.0
 """Seconds after which a node without a Docker engine may be tried again: it may have one by now."""

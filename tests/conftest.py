@@ -60,7 +60,6 @@ def cluster() -> Iterator[str]:
     ray.init(
         address="local",  # whatever else runs on this machine
         num_cpus=8,
-        namespace="apothic",
         include_dashboard=False,
         logging_level="ERROR",
         log_to_driver=False,

@@ -176,8 +176,13 @@ def eventually(fact: Callable[[], T], timeout_s: float = 60.0) -> T:
 
 
 @contextmanager
-def interrupted_in(function: str) -> Iterator[None]:
-    """Send Ctrl-C to this thread, which is the main one, once it waits within a function."""
+def interrupted_in(function: str, when: Callable[[], object] = lambda: True) -> Iterator[None]:
+    """Send Ctrl-C to this thread, which is the main one, once it waits within a function.
+
+    Args:
+        function: its name.
+        when: a fact that is waited for first, in another thread.
+    """
     main = threading.get_ident()
 
     def waits() -> bool:
@@ -186,9 +191,10 @@ def interrupted_in(function: str) -> Iterator[None]:
         while frame is not None:
             names.append(frame.f_code.co_name)
             frame = frame.f_back
-        return names[0] == "wait" and function in names
+        return names[0] in ("wait", "get_objects") and function in names  # the second is Ray's
 
     def interrupt() -> None:
+        eventually(when)
         eventually(waits)
         signal.pthread_kill(main, signal.SIGINT)
 

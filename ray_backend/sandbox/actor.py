@@ -74,6 +74,7 @@ class SandboxActor:
         self._plan = plan
         self._registry = Registry()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._choosing_loop = threading.Lock()
         self._running: dict[str, asyncio.Task[Any]] = {}
         self._ended: dict[str, asyncio.Event] = {}
         self._gates: dict[str, AsyncStreamGate] = {}
@@ -110,7 +111,7 @@ class SandboxActor:
         """
         if not self._plan.may_open:
             return Unsettled(self._plan, self._node_id)
-        self._loop = asyncio.get_running_loop()
+        self._live_here()
         try:
             await self._host.start()
         except SandboxStartError:
@@ -198,8 +199,17 @@ class SandboxActor:
             self._leave(task_id)
 
     async def _core(self) -> Any:
-        self._loop = asyncio.get_running_loop()
+        self._live_here()
         return await self._host.core()
+
+    def _live_here(self) -> None:
+        """Have the session live on the running loop; refuse where it was stopped before it began."""
+        here = asyncio.get_running_loop()
+        with self._choosing_loop:
+            if self._loop is None:
+                self._loop = here
+        if self._loop is not here:
+            raise self._host.closed_error()
 
     def _enter(self) -> str:
         task_id: str = ray._private.worker.global_worker.current_task_id.hex()
@@ -240,10 +250,11 @@ class SandboxActor:
 
     def _begin_stop(self) -> Any:
         """Stop on the loop that the session lives on; on one of its own if it never began."""
-        if self._loop is not None:
-            return asyncio.run_coroutine_threadsafe(self._host.stop(), self._loop)
-        loop = self._loop = asyncio.new_event_loop()
-        threading.Thread(target=loop.run_forever, name="apothic-stop", daemon=True).start()
+        with self._choosing_loop:
+            loop = self._loop
+            if loop is None:
+                loop = self._loop = asyncio.new_event_loop()
+                threading.Thread(target=loop.run_forever, name="apothic-stop", daemon=True).start()
         return asyncio.run_coroutine_threadsafe(self._host.stop(), loop)
 
     def _stop_from_thread(self) -> None:

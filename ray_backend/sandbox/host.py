@@ -108,7 +108,7 @@ class SandboxHost:
             SandboxClosedError: it was closed meanwhile.
         """
         if self.state in ("closing", "closed"):
-            raise self._closed_error()
+            raise self.closed_error()
         if self._starting is None:
             self.state = "starting"
             self._starting = asyncio.create_task(self._start())
@@ -117,7 +117,7 @@ class SandboxHost:
             await asyncio.shield(self._starting)
         except asyncio.CancelledError:
             if self._starting.cancelled():
-                raise self._closed_error() from None
+                raise self.closed_error() from None
             raise
         if self._loss is not None:
             raise SandboxLostError(*self._loss.args)
@@ -171,6 +171,10 @@ class SandboxHost:
             "progress": self._progress,
             "pid": os.getpid(),
         }
+
+    def closed_error(self) -> SandboxClosedError:
+        """Make the error for a verb of a session that is closed."""
+        return SandboxClosedError(f"{self._plan.label} is closed. Open another session.")
 
     async def _start(self) -> None:
         try:
@@ -297,9 +301,6 @@ class SandboxHost:
             except Exception as error:
                 self._engine_failed = self._engine_failed or isinstance(error, SandboxEngineError)
             await asyncio.sleep(NODES_LOOK_S)
-
-    def _closed_error(self) -> SandboxClosedError:
-        return SandboxClosedError(f"{self._plan.label} is closed. Open another session.")
 
 
 def _seen(task: asyncio.Task[None]) -> None:

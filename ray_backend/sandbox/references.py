@@ -187,10 +187,7 @@ class RaySandbox(SandboxRef):
 
     @override
     def release(self) -> None:
-        client = self._sandboxes.client
-        if client.is_live:  # with the connection all leases of it have ended
-            name, holder = self.name, client.holder
-            client.manager.ask(lambda manager: manager.release.remote(name, holder))
+        self._sandboxes.client.leases.release(self.name)
 
     def follow(self, other: RaySandbox) -> None:
         """Go on with another actor of the same name."""

@@ -29,7 +29,7 @@ from apothic.values import SandboxSpec
 from ray_backend.actors.ending import CONTROL_GROUP
 from ray_backend.launch import Launched, find_actor, place_with_volumes
 from ray_backend.leases import PINNED, SANDBOX
-from ray_backend.moves import take_over
+from ray_backend.moves import move, take_over
 from ray_backend.names import NAMESPACE
 from ray_backend.placement.live import ClusterView, Placement
 from ray_backend.readiness import STOPPING_WAIT_S, MovedError, PlacementWatch
@@ -106,17 +106,8 @@ class Sandboxes:
         """
         request = session.request
         assert request is not None
-        digest = session.handle.spec_digest
-        launched = take_over(
-            self.client.manager,
-            session.name,
-            session.actor_id,
-            lambda: self._launch(request, session.name, digest),
-        )
-        if launched is None:
-            return False
-        session.go_to(launched.actor, launched.placement)
-        return True
+        name, digest = session.name, session.handle.spec_digest
+        return move(self.client.manager, session, lambda: self._launch(request, name, digest))
 
     def settle(self, session: RaySandbox, unsettled: Unsettled) -> None:
         """Make a named session again on the node that it got its room on, bound to it.
@@ -187,30 +178,27 @@ class Sandboxes:
         spec = request.spec
         name = session_actor_name(spec.app, spec.name, request.sandbox_id)
         digest = self.client.store(spec, request.blobs)
-        self._lease(request, name, digest)
-        try:
+
+        def attempt() -> bool:
+            return self._lease(request, name, digest)
+
+        label = f"{spec.app}.{spec.name} {request.sandbox_id!r}"
+        with self.client.leases.creating(name, label, attempt, shared=request.named):
             launched = self._launch(request, name, digest)
-        except BaseException:
-            if find_actor(name) is None:
-                self.client.manager.ask(lambda manager: manager.forget.remote(name))
-            elif not request.named:  # interrupted, and nobody knows its id
-                holder = self.client.holder
-                self.client.manager.ask(lambda manager: manager.release.remote(name, holder))
-            raise
-        handle = SandboxHandle(
-            cluster_id=self.client.cluster_id,
-            app=spec.app,
-            sandbox=spec.name,
-            sandbox_id=request.sandbox_id,
-            spec_digest=digest,
-            named=request.named,
-        )
-        if launched.placement is None:
-            lease = self.registry.get_lease(name) or {}
-            handle = handle.model_copy(update={"spec_digest": lease.get("spec_digest", digest)})
-        return RaySandbox(
-            self, handle, launched.actor, request=request, placement=launched.placement
-        )
+            handle = SandboxHandle(
+                cluster_id=self.client.cluster_id,
+                app=spec.app,
+                sandbox=spec.name,
+                sandbox_id=request.sandbox_id,
+                spec_digest=digest,
+                named=request.named,
+            )
+            if launched.placement is None:
+                lease = self.registry.get_lease(name) or {}
+                handle = handle.model_copy(update={"spec_digest": lease.get("spec_digest", digest)})
+            return RaySandbox(
+                self, handle, launched.actor, request=request, placement=launched.placement
+            )
 
     def attach(self, handle: SandboxHandle) -> RaySandbox:
         """Reach a live session."""
@@ -222,11 +210,8 @@ class Sandboxes:
         actor, lease = find_actor(name), self.registry.get_lease(name)
         if actor is None or lease is None:
             raise gone
-        if not lease["named"]:
-            self.client.note_lease()
-            holder = self.client.holder
-            if not self.client.manager.ask(lambda manager: manager.join.remote(name, holder)):
-                raise gone
+        if not lease["named"] and not self.client.leases.join(name):
+            raise gone
         handle = handle.model_copy(
             update={"spec_digest": lease["spec_digest"], "named": lease["named"]}
         )
@@ -322,7 +307,8 @@ class Sandboxes:
             elif not session.handle.named:
                 session.release()
 
-    def _lease(self, request: SandboxRequest, name: str, digest: str) -> None:
+    def _lease(self, request: SandboxRequest, name: str, digest: str) -> bool:
+        """Ask for the lease once; False while what had the name is being stopped."""
         spec = request.spec
         holder = PINNED if request.named else self.client.holder
         record = {
@@ -340,23 +326,13 @@ class Sandboxes:
                 name, holder, record, request.max_sessions, exists
             )
 
-        deadline = time.monotonic() + STOPPING_WAIT_S
-        while True:
-            self.client.note_lease()
-            leased, alive = self.client.manager.ask(ask)
-            if leased:
-                return
-            if alive:
-                raise SandboxLimitError(
-                    f"{alive} sessions of {spec.app}.{spec.name} live, which is max_containers × "
-                    f"tasks_per_container. Close some, or raise one of them."
-                )
-            if time.monotonic() > deadline:
-                raise BackendError(
-                    f"{spec.app}.{spec.name} {request.sandbox_id!r} is still being closed after "
-                    f"{STOPPING_WAIT_S:g} s. Try again, or use another id."
-                )
-            time.sleep(0.01)
+        leased, alive = self.client.manager.ask(ask)
+        if alive:
+            raise SandboxLimitError(
+                f"{alive} sessions of {spec.app}.{spec.name} live, which is max_containers × "
+                f"tasks_per_container. Close some, or raise one of them."
+            )
+        return bool(leased)
 
     def _launch(self, request: SandboxRequest, name: str, digest: str) -> Launched:
         """Make the actor, or give the one of this name; a placement says that it was made here."""

@@ -159,7 +159,6 @@ def nodes() -> Iterator[Nodes]:
     found.add("bare", num_gpus=2, num_cpus=8, resources={"accelerator_type:L4": 1.0})
     ray.init(
         address=found.cluster.address,
-        namespace="apothic",
         log_to_driver=False,
         logging_level="ERROR",
     )

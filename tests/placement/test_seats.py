@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from apothic.constraints import PlacementConstraints
+from ray_backend.names import NAMESPACE
 from ray_backend.placement.demand import plan
 from ray_backend.placement.live import ClusterView
 from ray_backend.placement.seats import holders, may_be_starting
@@ -17,7 +18,7 @@ def seat(name: str = "app:Model:a%2Fb", on: str = "g", **changes: Any) -> ActorS
         **{
             "actor_id": name,
             "name": name,
-            "namespace": "apothic",
+            "namespace": NAMESPACE,
             "class_name": "Shell",
             "state": "ALIVE",
             "node_id": node_id(on),

@@ -18,7 +18,7 @@ from ray_backend.sandbox.host import SandboxHost
 from tests.conformance.sandboxes.base import SMALL, SandboxSuite, marked
 from tests.conformance.sandboxes.execs import ExecConformance
 from tests.conformance.sandboxes.files import FileConformance
-from tests.conformance.sandboxes.kills import KillConformance
+from tests.conformance.sandboxes.kills import InterruptConformance, KillConformance
 from tests.conformance.sandboxes.sessions import SessionConformance, SharedSessionConformance
 from tests.conformance.sandboxes.volumes_of_data import DataConformance
 from tests.docker.support import left_of
@@ -84,7 +84,7 @@ class TestDirectFiles(Direct, FileConformance):
     pass
 
 
-class TestDirectKills(Direct, KillConformance):
+class TestDirectKills(Direct, KillConformance, InterruptConformance):
     pass
 
 

@@ -264,6 +264,23 @@ def test_named_racing_with_close(sandbox: Sandbox, docker_engine: Engine):
     assert left_of_sessions(docker_engine, connect().cluster_id) == []
 
 
+def test_closed_as_it_begins(sandbox: Sandbox, client: ControlPlaneClient):
+    """Told to open and to close before it could do either, whichever comes to it first."""
+
+    def begin_and_close(number: int) -> str:
+        request = sandbox._request(f"n{number}", b"/", {}, named=True)
+        session = client.start_sandbox(request)
+        opening = session.native.apothic_start.remote()
+        report = session.close()
+        with contextlib.suppress(SandboxClosedError, ray.exceptions.RayError):
+            ray.get(opening)
+        return report.note
+
+    with ThreadPoolExecutor(4) as threads:
+        notes = set(threads.map(begin_and_close, range(24)))
+    assert not [note for note in notes if "did not answer" in note]
+
+
 def test_many_at_once(sandbox: Sandbox, docker_engine: Engine):
     def live(number: int) -> str:
         with sandbox.create(env={"N": number}) as session:

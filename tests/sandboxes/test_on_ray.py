@@ -21,7 +21,7 @@ from ray_backend.sandbox.engine.network import list_networks
 from tests.conformance.sandboxes.base import SMALL, SandboxSuite, marked
 from tests.conformance.sandboxes.execs import ExecConformance
 from tests.conformance.sandboxes.files import FileConformance
-from tests.conformance.sandboxes.kills import KillConformance
+from tests.conformance.sandboxes.kills import InterruptConformance, KillConformance
 from tests.conformance.sandboxes.sessions import SessionConformance, SharedSessionConformance
 from tests.conformance.sandboxes.volumes_of_data import DataConformance
 from tests.docker.support import left_of, new_owner
@@ -61,7 +61,7 @@ class TestRayFiles(OnRay, FileConformance):
     pass
 
 
-class TestRayKills(OnRay, KillConformance):
+class TestRayKills(OnRay, KillConformance, InterruptConformance):
     pass
 
 

@@ -232,7 +232,16 @@ class KillConformance(SandboxSuite):
 
 
 class InterruptConformance(SandboxSuite):
-    """Ctrl-C, where a test can see that it comes while a stream waits: the waiting is Python's."""
+    """Ctrl-C while a verb waits, in a program that goes on."""
+
+    def test_an_interrupted_exec_is_killed(
+        self, session: SandboxSession, python: str, marked: Marked
+    ) -> None:
+        with interrupted_in("result", when=marked.alive), pytest.raises(KeyboardInterrupt):
+            session.exec([python, "-c", _WAIT, marked.token], timeout_s=100)
+        marked.wait_until_none()
+        eventually(lambda: session.inspect().running_calls == 0)
+        assert session.exec([python, "-c", "print('on')"]).stdout == "on\n"
 
     @pytest.mark.parametrize("leave", ["with", "close", "neither"])
     def test_an_interrupted_stream_is_closed(

@@ -1,4 +1,4 @@
-"""An instance that moves keeps its lease, and its name to itself."""
+"""The book of leases: while an instance moves, and when one was never made."""
 
 from __future__ import annotations
 
@@ -141,3 +141,33 @@ def test_a_session_that_died_makes_room_at_once(book: LeaseBook, outside: Outsid
     outside.now = CREATION_GRACE_S + 1  # a named one may be made again on another node
     assert book.sweep() == []
     assert set(book.records()) == set()
+
+
+def test_one_that_was_never_made_is_dropped(book: LeaseBook) -> None:
+    book.abandon("a")
+    assert book.records() == {}
+    book.abandon("a")
+    assert book.acquire("a", PINNED, {"app": "y"})
+    assert book.records()["a"]["app"] == "y"
+
+
+def test_one_that_somebody_else_makes_as_well_is_kept(book: LeaseBook, outside: Outside) -> None:
+    assert book.acquire("a", PINNED, {})
+    book.abandon("a")
+    assert "a" in book.records()
+    outside.now = CREATION_GRACE_S + 1  # nobody has made it after all
+    book.sweep()
+    assert book.records() == {}
+
+
+def test_one_that_is_being_stopped_is_not_dropped_under_it(book: LeaseBook) -> None:
+    book.begin_stop("a")
+    book.abandon("a")
+    assert not book.acquire("a", PINNED, {})
+
+
+def test_a_book_that_was_read_back_does_not_know_who_else_asked(outside: Outside) -> None:
+    store = Store(a={"holders": [PINNED]})
+    book = LeaseBook(store, outside, clock=lambda: outside.now)
+    book.abandon("a")
+    assert "a" in book.records()
