@@ -274,7 +274,7 @@ def test_closed_as_it_begins(sandbox: Sandbox, client: ControlPlaneClient):
         report = session.close()
         with contextlib.suppress(SandboxClosedError, ray.exceptions.RayError):
             ray.get(opening)
-        return report.note
+        return report.note or ""
 
     with ThreadPoolExecutor(4) as threads:
         notes = set(threads.map(begin_and_close, range(24)))
