@@ -162,8 +162,11 @@ class SessionCalls:
             try:
                 while (piece := (yield stream)) is not END:
                     take(piece)
-            except BaseException:
+            except Exception:
                 stream.close()
+                raise
+            except BaseException:
+                stream.abandon()  # closing could hold up what interrupts, or the event loop
                 raise
         finally:
             self.leave()

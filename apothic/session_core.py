@@ -9,13 +9,14 @@ seam is one call here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
 import stat
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import NamedTuple
 
 from apothic.backend import ExecOutcome, ExecRequest
@@ -266,17 +267,12 @@ class SessionCore:
             target = _join(self._cwd, path)
             with typed(target, writing=True):
                 writer = await self._open_writer(target, append, make_parents, len(data))
-                self._writers.add(writer)
-                try:
-                    await writer.write(data)
-                    await writer.finish()
-                except OSError:
-                    if self._closed:  # which has aborted it
-                        raise self._closed_error() from None
-                    raise
-                finally:
-                    self._writers.discard(writer)
-                    await writer.abort()
+                with self._aborted_by_close(writer):
+                    try:
+                        await writer.write(data)
+                        await writer.finish()
+                    finally:
+                        await writer.abort()
             return target
 
     async def upload_begin(
@@ -302,13 +298,11 @@ class SessionCore:
             upload = self._upload(upload_id)
             del self._uploads[upload_id]
             upload.timer.cancel()
-            self._writers.add(upload.writer)
-            try:
-                with typed(upload.path, writing=True):
+            with typed(upload.path, writing=True), self._aborted_by_close(upload.writer):
+                try:
                     await upload.writer.finish()
-            finally:
-                self._writers.discard(upload.writer)
-                await upload.writer.abort()
+                finally:
+                    await upload.writer.abort()
             return upload.path
 
     async def upload_abort(self, upload_id: str) -> None:
@@ -316,6 +310,19 @@ class SessionCore:
         upload = self._uploads.pop(upload_id, None)
         if upload is not None:
             await upload.abort()
+
+    @contextlib.contextmanager
+    def _aborted_by_close(self, writer: FileWriter) -> Iterator[None]:
+        """Have `close` abort a writer that is about to finish, and tell so whoever waits for that."""
+        self._writers.add(writer)
+        try:
+            yield
+        except OSError:
+            if self._closed:
+                raise self._closed_error() from None
+            raise
+        finally:
+            self._writers.discard(writer)
 
     async def _open_writer(
         self, path: bytes, append: bool, make_parents: bool, size: int | None

@@ -183,8 +183,9 @@ class SandboxActor:
         try:
             core = await self._core()
             async with aclosing(getattr(core, verb)(*unpack_arguments(*args))) as items:
-                while True:
-                    # A task of its own, which a cancel finds whatever Ray is doing with the last item.
+                # A cancel that comes while Ray has the last item finds no step, but shuts the gate.
+                while not gate.is_shut:
+                    # A task of its own, so that the cancel of it is not that of Ray's.
                     step = self._running[task_id] = asyncio.ensure_future(_next(items))
                     item = await step
                     if item is _END or not await gate.admit():

@@ -82,6 +82,30 @@ def test_more_programs_than_an_agent_is_given_wait_their_turn(
     converse(conversation)
 
 
+def test_files_do_not_wait_behind_programs(converse: Converse, monkeypatch: pytest.MonkeyPatch):
+    """What ends makes room for who needs it, not for the first in the row."""
+    monkeypatch.setattr(channel_module, "EXECS_MAX", 1)
+
+    async def conversation(channel: AgentChannel) -> None:
+        going_on = [await start(channel, "cat", stdin=True)]
+        programs = [asyncio.ensure_future(start(channel, "echo", f"{n}")) for n in range(2)]
+        held = [channel.open_reader(b"/dev/zero") for _ in range(2)]
+        for each in held:
+            await each.stat()
+        files = [asyncio.ensure_future(channel.room(3)) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert not any(each.done() for each in files)
+        for each in held:
+            each.close()
+        await asyncio.wait_for(asyncio.gather(*files), 30)
+        assert not any(each.done() for each in programs)
+        going_on[0].close_stdin()
+        await finish(going_on[0])
+        assert [await finish(await each) for each in programs] == [(b"0\n", b""), (b"1\n", b"")]
+
+    converse(conversation)
+
+
 def test_who_waits_for_a_turn_is_told_of_the_end(
     converse: Converse, monkeypatch: pytest.MonkeyPatch
 ):

@@ -76,7 +76,7 @@ class AgentChannel:
         self._operations: dict[int, Operation] = {}
         self._kills: dict[int, deque[asyncio.Future[None]]] = {}
         loop = asyncio.get_running_loop()
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._welcome: asyncio.Future[Welcome] = loop.create_future()
         self._end: tuple[str, BaseException | None] | None = None
         self._ended = asyncio.Event()
@@ -140,9 +140,11 @@ class AgentChannel:
             ChannelClosedError: the channel has ended.
         """
         self._check_open()
+        queue = self._waiting.append
         while self.connection.open_streams >= limit:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(waiter)
+            queue((limit, waiter))
+            queue = self._waiting.appendleft  # whom somebody was quicker than keeps its place
             try:
                 await waiter
             except asyncio.CancelledError:
@@ -151,7 +153,7 @@ class AgentChannel:
                 raise
             finally:
                 with suppress(ValueError):
-                    self._waiting.remove(waiter)
+                    self._waiting.remove((limit, waiter))
             self._check_open()
 
     # -- programs --------------------------------------------------------------------------------
@@ -438,9 +440,9 @@ class AgentChannel:
                 operation.on_event(event)
 
     def _wake_next(self) -> None:
-        """Have the next of those who wait for room look whether it is enough."""
-        for waiter in self._waiting:
-            if not waiter.done():
+        """Let the next of those go for whom there is room now."""
+        for limit, waiter in self._waiting:
+            if not waiter.done() and self.connection.open_streams < limit:
                 waiter.set_result(None)
                 return
 
@@ -465,7 +467,7 @@ class AgentChannel:
             operation.on_lost(self._closed_error)
         kills = [killed for waiting in self._kills.values() for killed in waiting]
         self._kills.clear()
-        for waiter in self._waiting:
+        for _, waiter in self._waiting:
             if not waiter.done():
                 waiter.set_result(None)
         for killed in kills:
