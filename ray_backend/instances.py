@@ -264,7 +264,11 @@ class RayInstance(InstanceRef):
 
     def close(self) -> CloseReport:
         """Stop it through the manager, which sees to it even if this process ends meanwhile."""
-        return self._client.manager.close(self.name, self.actor_id)
+        report = self._client.manager.close(self.name, self.actor_id)
+        if not report.closed and self.is_connected and self.follow_successor():
+            # It was made again elsewhere, and nobody has asked it since.
+            report = self._client.manager.close(self.name, self.actor_id)
+        return report
 
     def release(self) -> None:
         """Give up this process's lease."""

@@ -64,6 +64,7 @@ class LeaseBook:
         self._asked: dict[str, int] = {}
         self._orphans: dict[str, int] = {}
         self._stopping: set[str] = set()
+        self._paused: set[str] = set()
         for name in store.list_leases():
             record = store.get_lease(name)
             if record is not None:
@@ -71,13 +72,31 @@ class LeaseBook:
                 self._seen[name] = clock()
                 self._asked[name] = 2  # who has asked is not known any more
 
-    def acquire(self, name: str, holder: str, record: dict[str, Any]) -> bool:
-        """Add a holder; the first one writes ``record``. False while the instance is stopping."""
+    def acquire(
+        self,
+        name: str,
+        holder: str,
+        record: dict[str, Any],
+        exists: Callable[[], bool] = lambda: True,
+    ) -> bool:
+        """Add a holder; the first one writes ``record``.
+
+        Args:
+            name: its actor's.
+            holder: who wants it.
+            record: what the lease says where this writes it.
+            exists: whether there is an actor of the name; asked where there was one before. If it
+                was lost, its lease, and what is stored with it, does not count for the new one.
+
+        Returns:
+            False while the name is held back: what has it is being stopped or moved.
+        """
         with self._lock:
+            self._forget_if_lost(name, exists)
             return self._acquire(name, holder, record)
 
     def _acquire(self, name: str, holder: str, record: dict[str, Any]) -> bool:
-        if name in self._stopping:
+        if self._is_held_back(name):
             return False
         lease = self._leases.get(name)
         if lease is None:
@@ -97,25 +116,23 @@ class LeaseBook:
         holder: str,
         record: dict[str, Any],
         max_sessions: int,
-        exists: bool = True,
+        exists: Callable[[], bool] = lambda: True,
     ) -> tuple[bool, int]:
         """As `acquire`, for a session of a definition of which so many may live at once.
 
         Args:
-            name: its actor's.
-            holder: who wants it.
-            record: what the lease says where this writes it.
+            name: as for `acquire`, and so are the others.
+            holder: as for `acquire`.
+            record: as for `acquire`.
             max_sessions: how many.
-            exists: False where there is no actor. If there was one, the session was lost with its
-                node: its lease, and what is stored with it, does not count for the new one.
+            exists: as for `acquire`.
 
         Returns:
             Whether it is leased now, and when it is not since too many live, how many; else 0.
         """
         key = (record["app"], record["sandbox"])
         with self._lock:
-            if not exists and name in self._came and name not in self._stopping:
-                self._forget(name)
+            self._forget_if_lost(name, exists)
             if name not in self._leases:
                 alive = sum(
                     lease.get("kind") == SANDBOX and (lease["app"], lease["sandbox"]) == key
@@ -129,7 +146,7 @@ class LeaseBook:
     def join(self, name: str, holder: str) -> bool:
         """Add a holder to a lease that exists; False when there is none, or it is stopping."""
         with self._lock:
-            if name in self._stopping or name not in self._leases:
+            if self._is_held_back(name) or name not in self._leases:
                 return False
             lease = self._leases[name]
             if PINNED not in lease["holders"] and holder not in lease["holders"]:
@@ -154,10 +171,18 @@ class LeaseBook:
             self._stopping.add(name)
             return True
 
-    def begin_stop(self, name: str) -> None:
-        """Note that an instance is being stopped, so that nobody joins it."""
+    def begin_stop(self, name: str) -> bool:
+        """Note that an instance is being stopped, so that nobody joins it; False if it was noted."""
         with self._lock:
+            if name in self._stopping:
+                return False
             self._stopping.add(name)
+            return True
+
+    def end_stop(self, name: str) -> None:
+        """Give a name free that was to be stopped, where there was nothing to stop."""
+        with self._lock:
+            self._stopping.discard(name)
 
     def pause(self, name: str) -> bool:
         """Hold an instance's name back until `resume`, its lease kept; False where that cannot be.
@@ -166,17 +191,22 @@ class LeaseBook:
         its lease is dropped like one whose actor never came.
         """
         with self._lock:
-            if name in self._stopping or name not in self._leases:
+            if self._is_held_back(name) or name not in self._leases:
                 return False
-            self._stopping.add(name)
+            self._paused.add(name)
             self._seen[name] = self._clock()
             return True
+
+    def is_paused(self, name: str) -> bool:
+        """Tell whether a name is held back by `pause`."""
+        with self._lock:
+            return name in self._paused
 
     def resume(self, name: str) -> bool:
         """Give a paused name free; False when its lease has ended meanwhile."""
         with self._lock:
-            self._stopping.discard(name)
-            if name not in self._leases:
+            self._paused.discard(name)
+            if name not in self._leases or name in self._stopping:
                 return False
             self._seen[name] = self._clock()
             self._came.discard(name)  # another actor is to come
@@ -185,7 +215,7 @@ class LeaseBook:
     def keep(self, name: str) -> bool:
         """Keep a lease whose actor is gone for now and will be made again; False if there is none."""
         with self._lock:
-            if name in self._stopping or name not in self._leases:
+            if self._is_held_back(name) or name not in self._leases:
                 return False
             self._seen[name] = self._clock()
             return True
@@ -201,8 +231,23 @@ class LeaseBook:
         Where they do not, a sweep drops it.
         """
         with self._lock:
-            if self._asked.get(name) == 1 and name not in self._stopping:
+            if self._asked.get(name) == 1 and not self._is_held_back(name):
                 self._forget(name)
+
+    def drop_lost(self, name: str) -> None:
+        """Drop the lease of an instance that was there and is gone, and that nobody is making again."""
+        with self._lock:
+            lease = self._leases.get(name, {})
+            if lease.get("kind") == SANDBOX and not lease["named"]:
+                self._came.add(name)  # only the one who made it has its name
+            self._forget_if_lost(name, lambda: False)
+
+    def _forget_if_lost(self, name: str, exists: Callable[[], bool]) -> None:
+        if name in self._came and not self._is_held_back(name) and not exists():
+            self._forget(name)
+
+    def _is_held_back(self, name: str) -> bool:
+        return name in self._stopping or name in self._paused
 
     def _forget(self, name: str) -> None:
         self._leases.pop(name, None)
@@ -211,6 +256,7 @@ class LeaseBook:
         self._came.discard(name)
         self._orphans.pop(name, None)
         self._stopping.discard(name)
+        self._paused.discard(name)
         self._store.forget_lease(name)
 
     def held_by(self, holder: str) -> list[str]:
@@ -229,41 +275,48 @@ class LeaseBook:
         These are the instances without a holder left, and actors of ours that have no lease, seen
         in several sweeps. Leases whose actor never came or has gone are dropped.
         """
+        due: list[str] = []
+        try:
+            self._sweep(due)
+        except BaseException:
+            for name in due:  # no later sweep would find them
+                self._outside.stop(name)
+            raise
+        return due
+
+    def _sweep(self, due: list[str]) -> None:
+        with self._lock:  # first: a job that is seen later than its lease would look dead
+            known = {name: list(lease["holders"]) for name, lease in self._leases.items()}
         jobs = self._outside.live_jobs()
         names = set(self._outside.instance_names())
-        with self._lock:
-            known = {name: list(lease["holders"]) for name, lease in self._leases.items()}
-        due: list[str] = []
         for name, holders in known.items():
             for holder in holders:
                 if not self._holder_lives(holder, jobs) and self.release(name, holder):
                     due.append(name)
-            if not holders and name not in self._stopping:
-                self.begin_stop(name)
+            if not holders and not self.is_paused(name) and self.begin_stop(name):
                 due.append(name)
-        for name in known:
-            if name in names:
-                with self._lock:
+        with self._lock:
+            for name in known:
+                if name not in self._leases:
+                    continue
+                if name in names:
                     self._seen[name] = self._clock()
                     self._came.add(name)
-            elif name not in due and (
-                self._has_died(name) or self._clock() - self._seen.get(name, 0) > CREATION_GRACE_S
-            ):
-                self.forget(name)
+                elif name not in due and (
+                    self._has_died(name) or self._clock() - self._seen[name] > CREATION_GRACE_S
+                ):
+                    self._forget(name)
         due.extend(self._find_orphans(names))
-        return due
 
     def _has_died(self, name: str) -> bool:
         """Tell whether a session that was there, and is not, will not come back: no need to wait."""
-        with self._lock:
-            lease = self._leases.get(name)
-            return (
-                lease is not None
-                and lease.get("kind") == SANDBOX
-                and not lease["named"]
-                and name in self._came
-                and name not in self._stopping
-            )
+        lease = self._leases[name]
+        return (
+            lease.get("kind") == SANDBOX
+            and not lease["named"]
+            and name in self._came
+            and not self._is_held_back(name)
+        )
 
     def _find_orphans(self, names: set[str]) -> list[str]:
         found = []

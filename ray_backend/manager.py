@@ -7,11 +7,12 @@ can share a cluster.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -23,7 +24,14 @@ from ray_backend.registry import Registry
 from ray_backend.revival import Reviver
 from ray_backend.sandbox.sweeping import NodeSweeper, RayTasks
 
-__all__ = ["Manager", "instance_names", "remove_actor", "stop_actor"]
+__all__ = [
+    "CLOSING_GROUP",
+    "CLOSING_THREADS",
+    "Manager",
+    "instance_names",
+    "remove_actor",
+    "stop_actor",
+]
 
 SWEEP_S = 0.5
 LOOK_EVERY = 2
@@ -42,6 +50,12 @@ _GONE: dict[str, Any] = {
 }
 
 
+CLOSING_GROUP = "closing"
+"""The threads that wait for instances to stop, so that whoever starts one never waits for those."""
+
+CLOSING_THREADS = 64
+
+
 class Manager:
     """The actor's plain class; its methods may run side by side."""
 
@@ -57,13 +71,15 @@ class Manager:
         self._unused_specs: set[str] = set()
         self._unused_blobs: set[str] = set()
         self._stops = ThreadPoolExecutor(STOP_THREADS, thread_name_prefix="apothic-stop")
+        self._running_stops: dict[str, Future[bool]] = {}
+        self._stops_lock = threading.Lock()
         threading.Thread(target=self._sweep_for_ever, name="apothic-sweep", daemon=True).start()
 
     # -- what clients ask ------------------------------------------------------------------------
 
     def acquire(self, name: str, holder: str, record: dict[str, Any]) -> bool:
         """Lease an instance that is about to be made; False while one of this name is stopping."""
-        return self._book.acquire(name, holder, record)
+        return self._book.acquire(name, holder, record, lambda: actor_of(name) is not None)
 
     def acquire_sandbox(
         self,
@@ -71,10 +87,11 @@ class Manager:
         holder: str,
         record: dict[str, Any],
         max_sessions: int,
-        exists: bool = True,
     ) -> tuple[bool, int]:
         """Lease a session about to be made, unless too many live: then tell how many."""
-        return self._book.acquire_sandbox(name, holder, record, max_sessions, exists)
+        return self._book.acquire_sandbox(
+            name, holder, record, max_sessions, lambda: actor_of(name) is not None
+        )
 
     def join(self, name: str, holder: str) -> bool:
         """Lease an instance that exists."""
@@ -87,8 +104,12 @@ class Manager:
 
     def release_all(self, holder: str) -> list[dict[str, Any]]:
         """Give up all leases of a holder, and wait until what nobody else keeps has stopped."""
-        names = [name for name in self._book.held_by(holder) if self._book.release(name, holder)]
-        return list(self._stops.map(self._stop, names))
+        stops = [
+            self._stops.submit(self._stop, name)
+            for name in self._book.held_by(holder)
+            if self._book.release(name, holder)
+        ]
+        return [stop.result() for stop in stops]
 
     def stop_all(self) -> list[dict[str, Any]]:
         """Stop every instance, named ones too: the cluster is about to end."""
@@ -99,9 +120,14 @@ class Manager:
 
     def close(self, name: str, actor_id: str | None) -> dict[str, Any]:
         """Stop an instance now, whoever holds it; with an actor id only that very actor."""
-        if actor_id is not None and actor_of(name) not in (None, actor_id):
-            return dict(_GONE)  # another took the name since, and the lease is that one's
-        self._book.begin_stop(name)
+        if actor_id is not None and not self._book.is_paused(name):
+            current = actor_of(name)
+            if current is None:
+                self._book.drop_lost(name)
+            if current != actor_id:
+                # Another took the name since, or is about to, and the lease is that one's.
+                return {"name": name, **_GONE}
+            return self._stop(name, actor_id)
         return self._stop(name)
 
     def begin_move(self, name: str, actor_id: str, has_room: bool = False) -> bool:
@@ -112,13 +138,17 @@ class Manager:
         """
         if not self._book.pause(name):
             return False
-        seat = ray_api.actor_seat(actor_id)
-        if seat is None or not (seat.waits or has_room) or actor_of(name) != actor_id:
+        try:
+            seat = ray_api.actor_seat(actor_id)
+            if seat is not None and (seat.waits or has_room) and actor_of(name) == actor_id:
+                self._registry.mark_moved(actor_id)
+                remove_actor(name)
+                return True
+        except BaseException:
             self._book.resume(name)
-            return False
-        self._registry.mark_moved(actor_id)
-        remove_actor(name)
-        return True
+            raise
+        self._book.resume(name)
+        return False
 
     def end_move(self, name: str) -> bool:
         """Give the name free; False when the instance was closed meanwhile, and must go."""
@@ -136,9 +166,10 @@ class Manager:
         """Tell where all actors are, to clients behind a proxy."""
         return ray_api.actor_seats(state)
 
-    def forget(self, name: str) -> None:
-        """Drop the lease of an instance that is gone."""
-        self._book.forget(name)
+    def forget(self, name: str, actor_id: str | None = None) -> None:
+        """Drop the lease of an instance that is gone; with an actor id, unless another has the name."""
+        if actor_id is None or actor_of(name) in (None, actor_id):
+            self._book.forget(name)
 
     def abandon(self, name: str) -> None:
         """Drop the lease of an instance that could not be made, unless others may be making it."""
@@ -193,17 +224,42 @@ class Manager:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _stop(self, name: str) -> dict[str, Any]:
+    def _stop(self, name: str, actor_id: str | None = None) -> dict[str, Any]:
+        """Stop what has a name, or only a certain actor; once for all who ask for it meanwhile."""
+        mine: Future[bool] = Future()
+        while True:
+            with self._stops_lock:
+                running = self._running_stops.setdefault(name, mine)
+            if running is mine:
+                break
+            # What it stopped was the one that is meant here, unless that one still has the name.
+            if running.result() and (actor_id is None or actor_of(name) != actor_id):
+                return {"name": name, **_GONE, "note": "somebody else was closing it"}
+        report: dict[str, Any] | None = None
         try:
-            report = stop_actor(name)
+            report = self._stop_now(name, actor_id)
+        finally:
+            with self._stops_lock:
+                del self._running_stops[name]
+            mine.set_result(report is not None)
+        return {"name": name, **(report or _GONE)}
+
+    def _stop_now(self, name: str, actor_id: str | None) -> dict[str, Any] | None:
+        noted = self._book.begin_stop(name)
+        try:
+            report = stop_only(name, actor_id)
         except Exception:
             traceback.print_exc()
             report = {**_GONE, "note": "stop failed"}
+        if report is None:  # somebody stopped it before, and the lease may be another's
+            if noted:
+                self._book.end_stop(name)
+            return None
         seat = report.pop("left_nothing_on", None)
         if seat:
             self._registry.leave_seat(seat, name)
         self._book.forget(name)
-        return {"name": name, **report}
+        return report
 
     def _sweep_for_ever(self) -> None:
         rounds = 0
@@ -238,6 +294,10 @@ class Manager:
         self._unused_blobs = self._registry.sweep_blobs(self._unused_blobs)
 
 
+for _name in ("close", "release_all", "stop_all"):
+    getattr(Manager, _name).__ray_concurrency_group__ = CLOSING_GROUP
+
+
 def instance_names() -> list[str]:
     """Name the instance actors of this namespace; the manager and others have no ``:``."""
     found = ray.util.list_named_actors(all_namespaces=True)
@@ -255,36 +315,49 @@ def actor_of(name: str) -> str | None:
     return found
 
 
-def stop_actor(name: str, drain_s: float = DRAIN_S, hooks_s: float = HOOKS_S) -> dict[str, Any]:
+def stop_actor(name: str) -> dict[str, Any]:
     """Stop an instance with its exit hooks, then remove its actor and wait until the name is free."""
+    return stop_only(name, None) or dict(_GONE)
+
+
+def stop_only(name: str, actor_id: str | None) -> dict[str, Any] | None:
+    """Do the same; None where there is an ``actor_id`` and that actor does not have the name."""
     try:
         actor = ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
-        return dict(_GONE)
+        return dict(_GONE) if actor_id is None else None
+    if actor_id not in (None, actor._actor_id.hex()):
+        return None
     seat = ray_api.actor_seat(actor._actor_id.hex())
     report = dict(_GONE)
     if seat is not None and seat.waits:
         # No process of it runs, so that nothing would answer before there is room.
-        remove_actor(name)
+        _remove(actor, name)
         return {**report, "closed": True, "note": "it had not started"}
     try:
         report = ray.get(
-            actor.apothic_stop.remote(drain_s, hooks_s), timeout=drain_s + hooks_s + 15.0
+            actor.apothic_stop.remote(DRAIN_S, HOOKS_S), timeout=DRAIN_S + HOOKS_S + 15.0
         )
     except ray.exceptions.GetTimeoutError:
         report = {**_GONE, "closed": True, "note": "it did not answer and was killed"}
     except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
         pass
-    remove_actor(name)
+    _remove(actor, name)
     return report
 
 
 def remove_actor(name: str) -> None:
     """Kill the actor of a name for good, and wait until the name is free."""
+    with contextlib.suppress(ValueError):
+        _remove(ray.get_actor(name, namespace=NAMESPACE), name)
+
+
+def _remove(actor: Any, name: str) -> None:
+    """Kill an actor for good, and wait until it does not have its name any more."""
     try:
-        ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+        ray.kill(actor, no_restart=True)
     except Exception:
         return  # it is gone
     deadline = time.monotonic() + REMOVAL_S
-    while time.monotonic() < deadline and actor_of(name) is not None:
+    while time.monotonic() < deadline and actor_of(name) == actor._actor_id.hex():
         time.sleep(0.002)

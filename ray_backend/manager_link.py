@@ -11,7 +11,7 @@ from ray import exceptions as rays
 
 from apothic.errors import BackendError
 from apothic.values import CloseReport, HookResult
-from ray_backend.manager import Manager
+from ray_backend.manager import CLOSING_GROUP, CLOSING_THREADS, Manager
 from ray_backend.names import MANAGER_NAME, NAMESPACE
 from ray_backend.translate import missing_package
 
@@ -66,8 +66,9 @@ class ManagerLink:
         """Give the manager's actor handle."""
         with self._lock:
             if self._actor is None:
+                make: Any = ray.remote  # its stubs do not know concurrency groups
                 self._actor = (
-                    ray.remote(Manager)
+                    make(concurrency_groups={CLOSING_GROUP: CLOSING_THREADS})(Manager)
                     .options(
                         name=MANAGER_NAME,
                         namespace=NAMESPACE,

@@ -283,7 +283,8 @@ class SandboxActor:
                 if self._host.left_nothing:
                     self._registry.leave_seat(self._node_id, self._plan.actor_name)
                 manager = ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
-                ray.get(manager.forget.remote(self._plan.actor_name), timeout=_MANAGER_WAIT_S)
+                me = self._me._actor_id.hex()
+                ray.get(manager.forget.remote(self._plan.actor_name, me), timeout=_MANAGER_WAIT_S)
             ray.kill(self._me, no_restart=True)
         except Exception:
             os._exit(0)  # the cluster is gone, and with it the name

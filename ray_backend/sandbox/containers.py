@@ -153,15 +153,19 @@ class SessionContainer:
             f"every {DISK_LOOK_S:g} s, and above disk_gb={self.disk_gb:g} the session ends.",
         )
 
+    def let_go(self) -> None:
+        """Leave it as it is, for the next who finds it; only one of a named session outlives this."""
+        self.stream.abort()
+        if self.direct is not None:
+            self.direct.abort()
+
     async def remove(self) -> None:
         """Remove it with all that runs in it; idempotent.
 
         Raises:
             SandboxEngineError: when the engine fails; what is left is for a sweep.
         """
-        self.stream.abort()
-        if self.direct is not None:
-            self.direct.abort()
+        self.let_go()
         await asyncio.to_thread(self.engine.remove, self.id)
         if self.internet:
             await asyncio.to_thread(release_internet, self.engine, self.owner)

@@ -101,6 +101,8 @@ class SandboxHost:
     async def start(self) -> None:
         """Bring the session up, once for all callers; when that fails, nothing of it is left.
 
+        But a session whose process was replaced keeps its container, and the next caller tries again.
+
         Raises:
             SandboxStartError: the node could not; its cause tells what failed.
             SandboxError: as itself, where the definition or an argument is to be changed.
@@ -113,10 +115,11 @@ class SandboxHost:
             self.state = "starting"
             self._starting = asyncio.create_task(self._start())
             self._starting.add_done_callback(_seen)
+        starting = self._starting
         try:
-            await asyncio.shield(self._starting)
+            await asyncio.shield(starting)
         except asyncio.CancelledError:
-            if self._starting.cancelled():
+            if starting.cancelled():
                 raise self.closed_error() from None
             raise
         if self._loss is not None:
@@ -180,7 +183,11 @@ class SandboxHost:
         try:
             await self._bring_up()
         except BaseException as error:
-            await self._undo()
+            ends = isinstance(error, SandboxLostError) or self._stopping is not None
+            if self._restarted and not ends:
+                self._try_again_later()
+            else:
+                await self._undo()
             if isinstance(error, NoEngineError) and not self._restarted:
                 self.no_engine = str(error)
             if isinstance(error, SandboxLostError):
@@ -228,6 +235,13 @@ class SandboxHost:
 
     def _tell(self, line: str) -> None:
         self._progress = line
+
+    def _try_again_later(self) -> None:
+        """Keep the container with its files: what failed may be the node's trouble, and pass."""
+        if self._container is not None:
+            self._container.let_go()
+        self._container = self._workspace = self._core = self._starting = None
+        self.state = "new"
 
     async def _undo(self) -> None:
         """Remove what a failed start has made."""

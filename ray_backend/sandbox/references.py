@@ -1,13 +1,11 @@
-"""`RaySandbox`, its calls and its streams: the seam's references, over actor handles and ObjectRefs."""
+"""`RaySandbox`: the seam's reference to a session, over an actor handle."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
-from collections.abc import Hashable, Sequence
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import exceptions as rays
@@ -29,9 +27,9 @@ from ray_backend import ray_api
 from ray_backend.actors.gate import CONSUMER_KEY
 from ray_backend.moves import find_other_actor
 from ray_backend.names import SESSION_MARK
-from ray_backend.sandbox.packed import pack_arguments, unpack_result
-from ray_backend.sandbox.plan import ACK_EVERY
-from ray_backend.translate import translate, was_never_sent
+from ray_backend.sandbox.calls import RESTART_S, RaySandboxCall, RaySandboxStream
+from ray_backend.sandbox.packed import pack_arguments
+from ray_backend.translate import translate
 
 if TYPE_CHECKING:
     from ray_backend.placement.live import Placement
@@ -39,14 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RaySandbox", "session_actor_name"]
 
-RESTART_S = 60.0
-"""Seconds to wait for a named session's process to come back before a verb fails."""
-
 CAUSE_WAIT_S = 5.0
 """Seconds to wait until the cluster knows why an actor ended."""
-
-CLOSE_WAIT_S = 30.0
-"""Seconds that closing a stream waits for its program to be dead; the session goes on killing it."""
 
 _RETRY_STEP_S = 0.05
 
@@ -129,10 +121,13 @@ class RaySandbox(SandboxRef):
                 f"{self.label}.{verb}: nothing can stream through a ray:// connection, which Ray does "
                 f"not support. Run the program on the cluster with `ray job submit`."
             )
-        submit = getattr(self._actor, verb).options(num_returns="streaming").remote
-        return RaySandboxStream(
-            self, submit(*pack_arguments(args), **{CONSUMER_KEY: self._sandboxes.client.holder})
-        )
+        packed, consumer = pack_arguments(args), self._sandboxes.client.holder
+
+        def send() -> Any:
+            submit = getattr(self._actor, verb).options(num_returns="streaming").remote
+            return submit(*packed, **{CONSUMER_KEY: consumer})
+
+        return RaySandboxStream(self, send)
 
     @override
     def wait_ready(self) -> None:
@@ -145,7 +140,7 @@ class RaySandbox(SandboxRef):
     def inspect(self) -> SandboxSessionInfo:
         self._check_open()
         try:
-            status = ray.get(self._actor.apothic_status.remote())
+            status = self._status()
         except rays.RayError as error:
             raise self.error_of(error) from None
         if status["state"] in ("closing", "closed"):
@@ -175,6 +170,16 @@ class RaySandbox(SandboxRef):
             notes=tuple(status["notes"]),
         )
 
+    def _status(self) -> dict[str, Any]:
+        while True:
+            try:
+                found: dict[str, Any] = ray.get(self._actor.apothic_status.remote())
+                return found
+            except rays.ActorUnavailableError:
+                if not self._handle.named:
+                    raise
+            self.wait_for_restart()
+
     @override
     def close(self) -> CloseReport:
         report = self.stop()
@@ -183,7 +188,11 @@ class RaySandbox(SandboxRef):
 
     def stop(self) -> CloseReport:
         """Have the manager stop it, which sees to it even if this process ends meanwhile."""
-        return self._sandboxes.client.manager.close(self.name, self.actor_id)
+        manager = self._sandboxes.client.manager
+        report = manager.close(self.name, self.actor_id)
+        if not report.closed and self.follow_successor():  # it was moved, and nobody asked it since
+            report = manager.close(self.name, self.actor_id)
+        return report
 
     @override
     def release(self) -> None:
@@ -306,154 +315,3 @@ class RaySandbox(SandboxRef):
         return SandboxClosedError(
             f"{self.label} is closed, by this process or by another. Open another session."
         )
-
-
-class RaySandboxCall(CallRef):
-    """One verb: an ObjectRef, and what it takes to send it again if it never reached the actor."""
-
-    __slots__ = ("_again", "_args", "_ref", "_session", "_verb")
-
-    def __init__(self, session: RaySandbox, verb: str, args: tuple[Any, ...]) -> None:
-        """Submit it."""
-        self._session = session
-        self._verb = verb
-        self._again = session.handle.named
-        packed = pack_arguments(args)
-        self._args = packed if self._again else ()  # kept only where needed: they can be large
-        self._ref = session.method(verb).remote(*packed)
-
-    @override
-    def result(self, timeout_s: float | None = None) -> Any:
-        try:
-            return unpack_result(ray.get(self._ref, timeout=timeout_s))
-        except rays.RayError as error:
-            return self._recover(error, timeout_s)
-
-    def _recover(self, error: rays.RayError, timeout_s: float | None) -> Any:
-        """Send a verb again that found its session between two processes; else raise our error."""
-        deadline = time.monotonic() + RESTART_S
-        while self._again and was_never_sent(error) and time.monotonic() < deadline:
-            try:
-                self._session.wait_for_restart()
-                self._ref = self._session.method(self._verb).remote(*self._args)
-                return unpack_result(ray.get(self._ref, timeout=timeout_s))
-            except rays.RayError as later:
-                error = later
-        found = self._session.error_of(error, timeout_s)
-        raise found from found.__cause__
-
-    @override
-    def future(self) -> Future[Any]:
-        future: Future[Any] = Future()
-
-        def finish(raw: Future[Any]) -> None:
-            error = raw.exception()
-            if error is None:
-                if future.set_running_or_notify_cancel():
-                    future.set_result(unpack_result(raw.result()))
-            else:
-                # Ray calls this on the thread that its replies come on, which must not wait.
-                self._session.in_background.submit(self._finish, future, error)
-
-        self._ref.future().add_done_callback(finish)
-        return future
-
-    def _finish(self, future: Future[Any], error: BaseException) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            if not isinstance(error, rays.RayError):
-                raise error
-            future.set_result(self._recover(error, None))
-        except BaseException as found:
-            future.set_exception(found)
-
-    @override
-    def done(self) -> bool:
-        return self.finished([self])[0]
-
-    @override
-    @classmethod
-    def finished(cls, calls: Sequence[CallRef]) -> list[bool]:
-        refs = [call.native for call in calls]
-        unique = list(dict.fromkeys(refs))
-        ready, _ = ray.wait(unique, num_returns=len(unique), timeout=0, fetch_local=False)
-        found = set(ready)
-        return [ref in found for ref in refs]
-
-    @override
-    def cancel(self) -> None:
-        if not self.done():
-            self._session.cancel(self._ref.task_id().hex())
-
-    @property
-    @override
-    def native(self) -> Any:
-        """The ``ray.ObjectRef``."""
-        return self._ref
-
-
-class RaySandboxStream(ItemStream):
-    """The items of one verb that gives several."""
-
-    def __init__(self, session: RaySandbox, generator: Any) -> None:
-        """Wrap a ``ray.ObjectRefGenerator``."""
-        self._session = session
-        self._generator = generator
-        self._task_id: str = generator._generator_ref.task_id().hex()
-        self._open = True
-        self._count = 0
-
-    @override
-    def next_item(self) -> Any:
-        try:
-            item = ray.get(next(self._generator))
-        except StopIteration:
-            self._open = False
-            raise
-        except rays.RayError as error:
-            self._fail(error)
-        self._confirm()
-        return unpack_result(item)
-
-    @override
-    async def anext_item(self) -> Any:
-        try:
-            item = await (await self._generator.__anext__())
-        except StopAsyncIteration:
-            self._open = False
-            raise
-        except rays.RayError as error:
-            # Off the loop: it may wait to learn what became of the session.
-            await asyncio.wrap_future(self._session.in_background.submit(self._fail, error))
-        self._confirm()
-        return unpack_result(item)
-
-    def _fail(self, error: rays.RayError) -> NoReturn:
-        self._open = False
-        found = self._session.error_of(error)
-        raise found from found.__cause__
-
-    def _confirm(self) -> None:
-        self._count += 1
-        if self._count % ACK_EVERY == 0:
-            self._session.native.apothic_confirm.remote(self._task_id, ACK_EVERY)
-
-    @override
-    def close(self) -> None:
-        """Stop the producer, also one that waits for its consumer; Ray does not do so by itself."""
-        self._stop(CLOSE_WAIT_S)
-
-    @override
-    def abandon(self) -> None:
-        self._stop(0.0)
-
-    def _stop(self, wait_s: float) -> None:
-        if self._open:
-            self._open = False
-            self._session.cancel(self._task_id, wait_s)
-
-    def __del__(self) -> None:
-        """Stop what nobody reads any more."""
-        with contextlib.suppress(Exception):
-            self.abandon()

@@ -320,13 +320,11 @@ class Sandboxes:
             "spec_digest": digest,
         }
 
-        def ask(manager: Any) -> Any:
-            exists = not request.named or find_actor(name) is not None
-            return manager.acquire_sandbox.remote(
-                name, holder, record, request.max_sessions, exists
+        leased, alive = self.client.manager.ask(
+            lambda manager: manager.acquire_sandbox.remote(
+                name, holder, record, request.max_sessions
             )
-
-        leased, alive = self.client.manager.ask(ask)
+        )
         if alive:
             raise SandboxLimitError(
                 f"{alive} sessions of {spec.app}.{spec.name} live, which is max_containers × "

@@ -9,12 +9,14 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from apothic import App, Image
 from apothic.backend import use_client
-from apothic.errors import SandboxClosedError, SandboxLostError
+from apothic.errors import SandboxClosedError, SandboxLostError, SandboxStartError
+from apothic.values import Network
 from ray_backend.sandbox.agent.binaries import agent_binary
 from ray_backend.sandbox.containers import NodeSurroundings
 from ray_backend.sandbox.engine.agent_volume import remove_agent
@@ -43,9 +45,7 @@ def own(docker_engine: Engine) -> Iterator[OwnEngine]:
         yield engine
 
 
-def die_at(cluster: str, step: str) -> None:
-    """Open a named session, in a process of its own; it is killed at the step."""
-    network = "internet" if step in NETWORK else "none"
+def named_session(cluster: str, network: Network) -> tuple[SandboxPlan, NodeSurroundings]:
     sandbox = App("leaks").sandbox(name="s", image=IMAGE, cpu=0, memory_mb=128, network=network)
     plan = SandboxPlan(
         actor_name=SESSION,
@@ -66,12 +66,18 @@ def die_at(cluster: str, step: str) -> None:
         secret=lambda name: None,
         pin_volume=lambda name: "here",
     )
+    return plan, around
+
+
+def die_at(cluster: str, step: str) -> None:
+    """Open a named session, in a process of its own; it is killed at the step."""
+    plan, around = named_session(cluster, "internet" if step in NETWORK else "none")
 
     def at(reached: str) -> None:
         if reached == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    asyncio.run(SandboxHost(plan, around, at=at).start())
+    asyncio.run(SandboxHost(plan, around, at=at, started=partial(at, "ready")).start())
 
 
 @pytest.mark.parametrize("step", [*AGENT, *LAUNCH, *NETWORK])
@@ -102,6 +108,53 @@ def test_killed_at(step: str, own: OwnEngine, docker_engine: Engine):
         remove_agent(engine, binary)  # the volume of the whole engine, which stays
         assert left_of(engine, cluster) == []
         engine.close()
+    assert left_of_sessions(docker_engine, cluster) == []
+
+
+def leave_session(cluster: str) -> None:
+    """Have the process of a named session die when it is ready."""
+    process = start_python(
+        "import sys; from tests.sandboxes.test_interrupted import die_at; die_at(*sys.argv[1:])",
+        cluster,
+        "ready",
+    )
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, errors
+
+
+def test_a_process_that_cannot_bring_its_session_back_at_once_tries_again(docker_engine: Engine):
+    """What stands in the way may pass; until then the files are not given up."""
+    cluster = uuid.uuid4().hex
+    leave_session(cluster)
+    plan, around = named_session(cluster, "none")
+    in_the_way: list[Exception] = [ConnectionError("the GCS is away")]
+
+    def started() -> None:
+        if in_the_way:
+            raise in_the_way.pop()
+
+    async def come_back() -> None:
+        again = SandboxHost(plan, around, restarted=True, was_ready=True, started=started)
+        [container] = docker_engine.list_containers({CLUSTER: cluster})
+        with pytest.raises(SandboxStartError, match="the GCS is away"):
+            await again.start()
+        core = await again.core()
+        await core.write(b"file", b"content", False, False)
+        assert again.status()["container_id"] == container.id
+        await again.stop()
+        assert again.left_nothing
+
+    async def give_up() -> None:
+        in_the_way[:] = [ConnectionError("the GCS is away")]
+        again = SandboxHost(plan, around, restarted=True, was_ready=True, started=started)
+        with pytest.raises(SandboxStartError, match="the GCS is away"):
+            await again.start()
+        await again.stop()
+
+    asyncio.run(come_back())
+    assert left_of_sessions(docker_engine, cluster) == []
+    leave_session(cluster)
+    asyncio.run(give_up())
     assert left_of_sessions(docker_engine, cluster) == []
 
 

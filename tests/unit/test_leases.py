@@ -105,15 +105,19 @@ def test_a_session_made_again_after_it_was_lost_has_a_lease_of_its_own(
 ) -> None:
     record = {"kind": SANDBOX, "app": "x", "sandbox": "s", "named": True}
     old, new = {**record, "spec_digest": "old"}, {**record, "spec_digest": "new"}
-    assert book.acquire_sandbox("b", PINNED, old, 1, exists=False) == (True, 0)
+
+    def gone() -> bool:
+        return False
+
+    assert book.acquire_sandbox("b", PINNED, old, 1, gone) == (True, 0)
     # Two ask for it at once: neither has an actor yet, and the first lease stays.
-    assert book.acquire_sandbox("b", PINNED, new, 1, exists=False) == (True, 0)
+    assert book.acquire_sandbox("b", PINNED, new, 1, gone) == (True, 0)
     assert book.records()["b"]["spec_digest"] == "old"
     outside.names = ["b"]
     book.sweep()
-    assert book.acquire_sandbox("b", PINNED, new, 1, exists=True) == (True, 0)
+    assert book.acquire_sandbox("b", PINNED, new, 1) == (True, 0)
     assert book.records()["b"]["spec_digest"] == "old"
-    assert book.acquire_sandbox("b", PINNED, new, 1, exists=False) == (True, 0)
+    assert book.acquire_sandbox("b", PINNED, new, 1, gone) == (True, 0)
     assert book.records()["b"] == {**new, "holders": [PINNED]}
 
 
@@ -171,3 +175,42 @@ def test_a_book_that_was_read_back_does_not_know_who_else_asked(outside: Outside
     book = LeaseBook(store, outside, clock=lambda: outside.now)
     book.abandon("a")
     assert "a" in book.records()
+
+
+def test_an_instance_made_again_after_it_was_lost_has_a_lease_of_its_own(
+    book: LeaseBook, outside: Outside
+) -> None:
+    outside.names = ["a"]
+    book.sweep()
+    assert book.acquire("a", PINNED, {"app": "y"}, lambda: True)
+    assert book.records()["a"]["app"] == "x"
+    assert book.acquire("a", PINNED, {"app": "y"}, lambda: False)
+    assert book.records()["a"]["app"] == "y"
+    assert book.acquire("a", PINNED, {"app": "z"}, lambda: False)  # this one has not come yet
+    assert book.records()["a"]["app"] == "y"
+
+
+def test_what_is_stopped_and_moved_at_once_is_stopped(book: LeaseBook) -> None:
+    assert book.pause("a")
+    assert book.begin_stop("a")
+    assert not book.resume("a")
+    assert not book.acquire("a", PINNED, {})
+    book.end_stop("a")
+    assert book.acquire("a", PINNED, {})
+
+
+def test_a_sweep_that_fails_midway_stops_what_it_had_found(
+    book: LeaseBook, outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert book.acquire("b", "job:2", {})
+    assert book.acquire("c", "actor:1", {})
+
+    def fail(actor_id: str) -> bool:
+        raise ConnectionError
+
+    stopped: list[str] = []
+    monkeypatch.setattr(outside, "actor_is_alive", fail)
+    monkeypatch.setattr(outside, "stop", stopped.append)
+    with pytest.raises(ConnectionError):
+        book.sweep()
+    assert stopped == ["b"]
