@@ -319,19 +319,20 @@ class Pool:
     def scale_down(self) -> None:
         """Give up extra replicas that have stood idle long enough, and that no other object uses."""
         self._prune()
-        with _counts:
-            now = time.monotonic()
-            gone = [
-                replica
-                for replica in list(self._replicas.values())[1:]
-                if replica.in_flight == 0
-                and now - replica.idle_since >= IDLE_S
-                and not any(pool is not self for pool in replica.users)
-            ]
+        with self._opening:  # who opens one in its place would lose that as well
+            with _counts:
+                now = time.monotonic()
+                gone = [
+                    replica
+                    for replica in list(self._replicas.values())[1:]
+                    if replica.in_flight == 0
+                    and now - replica.idle_since >= IDLE_S
+                    and not any(pool is not self for pool in replica.users)
+                ]
+                for replica in gone:
+                    self.drop(replica)
             for replica in gone:
-                self.drop(replica)
-        for replica in gone:
-            replica.ref.release()
+                replica.ref.release()
 
     @property
     def is_at_rest(self) -> bool:

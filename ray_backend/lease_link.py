@@ -49,10 +49,11 @@ class LeaseLink:
             leased = True
             yield
         except BaseException:
-            if not shared:
-                self.release(name)
-            elif leased and find_actor(name) is None:
-                self._client.manager.ask(lambda manager: manager.abandon.remote(name))
+            with contextlib.suppress(BackendError):  # what went wrong first is of more use
+                if not shared:
+                    self.release(name)
+                elif leased and find_actor(name) is None:
+                    self._client.manager.ask(lambda manager: manager.abandon.remote(name))
             raise
 
     def join(self, name: str) -> bool:

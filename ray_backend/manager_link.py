@@ -30,7 +30,7 @@ class ManagerLink:
         """Ask the manager; one that was killed is asked again when it is back.
 
         Raises:
-            BackendError: when it does not come back.
+            BackendError: when it does not come back, or fails.
             EnvironmentSetupError: when the nodes do not have this package.
         """
         for attempt in range(3):
@@ -50,6 +50,11 @@ class ManagerLink:
                         f"the manager {MANAGER_NAME} does not answer: {error}. See its log in Ray's "
                         f"session directory."
                     ) from error
+            except rays.RayTaskError as error:
+                raise BackendError(
+                    f"the manager {MANAGER_NAME} failed: {error.cause!r}. Where the cluster's GCS was "
+                    f"away for a moment, try again; else see its log in Ray's session directory."
+                ) from error
         raise AssertionError("unreachable")
 
     def close(self, name: str, actor_id: str | None = None) -> CloseReport:

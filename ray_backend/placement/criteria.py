@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import partial
 from operator import ge, le
 from typing import Any
@@ -20,7 +20,7 @@ from ray_backend.placement.criterion import (
     show_gpu,
 )
 from ray_backend.placement.filters import filter_criterion
-from ray_backend.placement.offers import Offer, memory_mb, ram_mb
+from ray_backend.placement.offers import Kind, Offer
 
 __all__ = ["compile_criteria", "gpu_rank"]
 
@@ -85,15 +85,15 @@ def _at_least(
     )
 
 
-def _ram_gb(resources: Iterable[Mapping[str, float]]) -> list[float]:
-    return [each / 1000 for each in ram_mb(resources)]
+def _ram_gb(kind: Kind) -> list[float]:
+    return [each / 1000 for each in kind.ram_mb()]
 
 
 def _memory(low_mb: float) -> Criterion:
     return Criterion(
         "memory_mb",
         f"at least {figure(low_mb, 'MB')}",
-        memory_mb,
+        Kind.memory_mb,
         partial(le, low_mb * (1 - _SLACK)),
         # Rounded down, so that what is short of it never reads as enough.
         lambda value: figure(math.floor(value), "MB"),

@@ -6,12 +6,12 @@ wrote, what it wants and how to write down what an offer has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from apothic.gpus import resolve_gpu, same_gpu_name
-from ray_backend.placement.offers import Offer
+from ray_backend.placement.offers import Kind, Offer
 
 __all__ = [
     "Criterion",
@@ -64,7 +64,7 @@ class Criterion:
         parameter: what the user wrote, ``offer_filters.gpu_ram.gte`` for a filter.
         wanted: what it wants, for the table.
         read: gives the fact of an `Offer`; None when nobody states it. Where ``per_node`` it takes
-            the resources of any number of nodes, and gives a list of what each has.
+            a `Kind`, and gives a list of what each of its nodes has.
         test: whether a stated fact will do.
         show: gives the fact as text.
         fact: the attribute of `Offer` that a malformed label would have stated.
@@ -95,9 +95,9 @@ class Criterion:
             notes.append(f"{offer.malformed[self.fact]} cannot be read")
         return self.show(value) + (f" ({'; '.join(notes)})" if notes else "")
 
-    def node_failure(self, resources: Mapping[str, float]) -> str | None:
-        """Do the same for what differs by node."""
-        (value,) = self.read([resources])
+    def node_failure(self, kind: Kind) -> str | None:
+        """Do the same for what differs by node, of one node."""
+        (value,) = self.read(kind)
         return None if self.test(value) else self.show(value)
 
     def _unstated(self, offer: Offer) -> str:

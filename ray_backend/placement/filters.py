@@ -17,7 +17,7 @@ from ray_backend.placement.criterion import (
     places_of,
     show_gpu,
 )
-from ray_backend.placement.offers import ram_mb
+from ray_backend.placement.offers import Kind
 
 __all__ = ["filter_criterion"]
 
@@ -90,7 +90,7 @@ def filter_criterion(field: str, operator: Operator, value: Any) -> Criterion:
         return Criterion(
             parameter,
             wanted,
-            ram_mb,
+            Kind.ram_mb,
             test,
             show,
             per_node=True,

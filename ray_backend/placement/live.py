@@ -191,11 +191,11 @@ def offers_table(view: ClusterView) -> str:
     """List every kind of node, live or registered, with what it states and what is free of it."""
     rows = []
     live = set()
-    for offer, nodes in group_nodes(view.nodes):
-        live.add(offer.offer_id)
-        free = [(view.available or {}).get(node["NodeID"], node["Resources"]) for node in nodes]
-        memory = [node["Resources"].get("memory", 0.0) for node in nodes]
-        rows.append(_offer_row(offer, str(len(nodes)), min(memory), free))
+    available = view.available or {}
+    for kind in group_nodes(view.nodes):
+        live.add(kind.offer.offer_id)
+        free = list(map(available.get, kind.ids, kind.resources))
+        rows.append(_offer_row(kind.offer, str(len(kind.ids)), min(kind.memory_bytes), free))
     for offer in view.registered:
         if offer.offer_id not in live:
             rows.append(_offer_row(offer, "not started", offer.resources.get("memory", 0.0), ()))

@@ -10,7 +10,7 @@ from apothic.constraints import PlacementConstraints
 from apothic.gpus import resolve_gpu
 from ray_backend.placement.criteria import compile_criteria, gpu_rank
 from ray_backend.placement.criterion import Criterion, Slice
-from ray_backend.placement.offers import Node, Offer, group_nodes
+from ray_backend.placement.offers import Kind, Offer, group_nodes
 
 __all__ = ["Match", "Rejection", "Survey", "survey"]
 
@@ -106,22 +106,21 @@ def survey(
         matches.append(Match(offer, room, rank or 0, cost, gpu_type, started))
 
     live: set[str | None] = set()
-    for offer, kind in group_nodes(nodes):
+    for kind in group_nodes(nodes):
+        offer = kind.offer
         live.add(offer.offer_id)
         failed = _first_failure(offer, of_kind)
         if failed is not None:
-            reject(offer, *failed, len(kind))
+            reject(offer, *failed, len(kind.ids))
             continue
-        passing = _passing_nodes(offer, kind, of_node, reject)
-        if passing:
-            ids = [node["NodeID"] for node in passing]
-            held = [free.get(node["NodeID"], node["Resources"]) for node in passing]
-            accept(offer, dict(zip(ids, _rooms(part, held), strict=True)), True)
+        passing = _passing_nodes(kind, of_node, reject)
+        if passing.ids:
+            accept(offer, _room(part, passing, free), True)
     for offer in registered:
         # What live nodes of the offer say about themselves is newer than the registration.
         if offer.offer_id in live:
             continue
-        failed = _first_failure(offer, of_kind) or _first_node_failure(offer.resources, of_node)
+        failed = _first_failure(offer, of_kind) or _first_node_failure(offer, of_node)
         if failed is not None:
             reject(offer, *failed, 0)
         else:
@@ -143,45 +142,48 @@ def _first_failure(offer: Offer, criteria: Sequence[Criterion]) -> tuple[Criteri
 
 
 def _first_node_failure(
-    resources: Mapping[str, float], criteria: Sequence[Criterion]
+    offer: Offer, criteria: Sequence[Criterion]
 ) -> tuple[Criterion, str] | None:
+    kind = Kind.of_type(offer)
     for criterion in criteria:
-        has = criterion.node_failure(resources)
+        has = criterion.node_failure(kind)
         if has is not None:
             return criterion, has
     return None
 
 
 def _passing_nodes(
-    offer: Offer,
-    kind: list[Node],
+    kind: Kind,
     criteria: Sequence[Criterion],
     reject: Callable[[Offer, Criterion, str, int], None],
-) -> list[Node]:
+) -> Kind:
     """Keep the nodes of one kind whose memory will do; note the others, by their best figure."""
-    passing = kind
     for criterion in criteria:
-        has = criterion.read([node["Resources"] for node in passing])
+        has = criterion.read(kind)
         fits = list(map(criterion.test, has))
         if all(fits):
             continue
         failing = [value for value, fit in zip(has, fits, strict=True) if not fit]
         best = criterion.show(max(failing))
-        reject(offer, criterion, best if len(failing) == 1 else f"up to {best}", len(failing))
-        passing = [node for node, fit in zip(passing, fits, strict=True) if fit]
-    return passing
+        reject(kind.offer, criterion, best if len(failing) == 1 else f"up to {best}", len(failing))
+        kind = kind.only(fits)
+    return kind
 
 
-def _rooms(part: Slice, free: Sequence[Mapping[str, float]]) -> list[int]:
+def _room(part: Slice, kind: Kind, free: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
     """Count the containers that fit into what is free of each node; Ray leaves out what is used up."""
+    held = kind.resources
+    if free:
+        held = list(map(free.get, kind.ids, held))
     # Ray counts in units of 0.0001, so that a float may come a little short of a whole number.
     wants = [("memory", part.memory_bytes, 0.5), ("CPU", part.cpus, 1e-5), ("GPU", part.gpus, 1e-5)]
     rooms = [
-        [(each.get(name, 0.0) + short) // amount for each in free]
+        [(each.get(name, 0.0) + short) // amount for each in held]
         for name, amount, short in wants
         if amount
     ]
-    return list(map(int, map(min, *rooms) if len(rooms) > 1 else rooms[0]))
+    counts = map(int, map(min, *rooms) if len(rooms) > 1 else rooms[0])
+    return dict(zip(kind.ids, counts, strict=True))
 
 
 def _gpu_type(offer: Offer, wanted: tuple[str, ...], rank: int) -> str | None:

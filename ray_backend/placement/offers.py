@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import compress
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 from apothic.errors import InvalidOptionError
 from apothic.gpus import GpuSpec, spec_of_node
 
-__all__ = ["LABEL_PREFIX", "OFFER_PREFIX", "Node", "Offer", "group_nodes", "memory_mb", "ram_mb"]
+__all__ = ["LABEL_PREFIX", "OFFER_PREFIX", "Kind", "Node", "Offer", "group_nodes"]
 
 LABEL_PREFIX = "apothic.io/"
 OFFER_PREFIX = "offer:"
@@ -121,63 +121,96 @@ Node: TypeAlias = Mapping[str, Any]
 """One live node as ``ray.nodes()`` gives it; nothing is made of each, since there are thousands."""
 
 
-def memory_mb(resources: Iterable[Mapping[str, float]]) -> list[float]:
-    """Give the memory that each node has for containers, in units of 2**20 bytes."""
-    return [each.get("memory", 0.0) / 2**20 for each in resources]
+@dataclass(slots=True)
+class Kind:
+    """Nodes of one kind; what is a list has an entry for each, in the same order.
 
-
-def ram_mb(resources: Iterable[Mapping[str, float]]) -> list[float]:
-    """Give the memory of each machine, in the marketplace's units of 10**6 bytes.
-
-    Ray splits it into memory and object store.
+    Attributes:
+        offer: the facts that they share.
+        ids: their ids.
+        resources: what each has.
+        memory_bytes: what each has for containers.
+        store_bytes: what each gives Ray's object store.
     """
-    return [
-        (each.get("memory", 0.0) + each.get("object_store_memory", 0.0)) / 1_000_000
-        for each in resources
-    ]
+
+    offer: Offer
+    ids: list[str]
+    resources: list[Mapping[str, float]]
+    memory_bytes: list[float]
+    store_bytes: list[float]
+
+    @classmethod
+    def of_type(cls, offer: Offer) -> Kind:
+        """Describe a node of a registered kind, as if there were one."""
+        memory = offer.resources.get("memory", 0.0)
+        store = offer.resources.get("object_store_memory", 0.0)
+        return cls(offer, [""], [offer.resources], [memory], [store])
+
+    def memory_mb(self) -> list[float]:
+        """Give what each has for containers, in units of 2**20 bytes."""
+        return [each / 2**20 for each in self.memory_bytes]
+
+    def ram_mb(self) -> list[float]:
+        """Give the memory of each machine, in the marketplace's units of 10**6 bytes."""
+        both = zip(self.memory_bytes, self.store_bytes, strict=True)
+        return [(memory + store) / 1_000_000 for memory, store in both]
+
+    def only(self, wanted: Sequence[bool]) -> Kind:
+        """Give some of them."""
+        return Kind(
+            self.offer,
+            list(compress(self.ids, wanted)),
+            list(compress(self.resources, wanted)),
+            list(compress(self.memory_bytes, wanted)),
+            list(compress(self.store_bytes, wanted)),
+        )
 
 
-def group_nodes(nodes: Sequence[Node]) -> list[tuple[Offer, list[Node]]]:
+def group_nodes(nodes: Sequence[Node]) -> list[Kind]:
     """Sort the live nodes of ``ray.nodes()`` by kind, so that each kind is looked at once.
 
     Memory is no part of a kind: it differs from node to node by a few bytes.
     """
-    live = [node for node in nodes if node["Alive"]]
-    resources: list[Mapping[str, float]] = [node["Resources"] for node in live]
-    labels: list[Mapping[str, str]] = [node.get("Labels") or {} for node in live]
-    # Column by column, since with thousands of nodes what is done for each of them is what counts.
-    special = frozenset(filter(_is_special, set[str]().union(*resources)))
-    stated = sorted(_LABELS.intersection(set[str]().union(*labels)))
-    keys = zip(
-        [each.get("CPU", 0.0) for each in resources],
-        [each.get("GPU", 0.0) for each in resources],
-        map(special.intersection, resources),
-        zip(*([each.get(label) for each in labels] for label in stated), strict=True)
-        if stated
-        else repeat((), len(live)),
-        strict=True,
-    )
-    kinds: defaultdict[tuple[float, float, frozenset[str], tuple[str | None, ...]], list[Node]] = (
-        defaultdict(list)
-    )
-    for key, node in zip(keys, live, strict=True):
-        kinds[key].append(node)
-    return [
-        (
-            _offer(
-                float(cpus),
-                float(gpus),
-                sorted(names),
-                {
-                    label: text
-                    for label, text in zip(stated, texts, strict=True)
-                    if text is not None
-                },
-            ),
-            alike,
-        )
-        for (cpus, gpus, names, texts), alike in kinds.items()
-    ]
+    # There may be thousands, so that what is done for each counts, and most of that is to fetch it from
+    # memory: each is touched once, and its names are compared by the hashes that its tables hold.
+    kinds: dict[object, Kind] = {}
+    known: dict[object, Kind] = {}
+    readers: dict[frozenset[str], tuple[object, Callable[[Mapping[str, str]], object]]] = {}
+    for node in nodes:
+        if not node["Alive"]:
+            continue
+        resources: Mapping[str, float] = node["Resources"]
+        labels: Mapping[str, str] = node.get("Labels") or {}
+        reader = readers.get(stated := frozenset(labels))
+        if reader is None:
+            reader = readers[stated] = _reader(stated)
+        names = set(resources)
+        names.discard("node:" + node.get("NodeManagerAddress", ""))
+        told = resources.get("CPU", 0.0), resources.get("GPU", 0.0), reader[0], reader[1](labels)
+        kind = known.get(key := (told, frozenset(names)))
+        if kind is None:
+            # Not every name tells kinds apart: placement groups have theirs on each of their nodes.
+            special = sorted(filter(_is_special, names))
+            kind = kinds.get(of := (told, tuple(special)))
+            if kind is None:
+                offer = _offer(float(told[0]), float(told[1]), special, labels)
+                kind = kinds[of] = Kind(offer, [], [], [], [])
+            known[key] = kind
+        kind.ids.append(node["NodeID"])
+        kind.resources.append(resources)
+        kind.memory_bytes.append(resources.get("memory", 0.0))
+        kind.store_bytes.append(resources.get("object_store_memory", 0.0))
+    return list(kinds.values())
+
+
+def _reader(labels: frozenset[str]) -> tuple[object, Callable[[Mapping[str, str]], object]]:
+    """Give which of these labels tell kinds apart, and what reads their values."""
+    ours = tuple(sorted(labels & _LABELS))
+    return ours, itemgetter(*ours) if ours else _nothing
+
+
+def _nothing(labels: Mapping[str, str]) -> None:
+    return None
 
 
 def _is_special(name: str) -> bool:
@@ -241,8 +274,8 @@ def _offer(
     facts: dict[str, Any] = {}
     malformed: dict[str, str] = {}
     for fact, (label, read) in _READERS.items():
-        text = labels.get(LABEL_PREFIX + label, "").strip()
-        if not text:
+        text = labels.get(LABEL_PREFIX + label)
+        if text is None or not (text := text.strip()):
             continue
         try:
             facts[fact] = read(text)

@@ -27,7 +27,8 @@ def test_the_labels_of_ray_start_are_read() -> None:
     labels = parse_node_labels_string(words[words.index("--labels") + 1])
     card = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:RTX-4090": 1.0}
     node = {"Alive": True, "NodeID": "n", "Resources": {**card, **resources}, "Labels": labels}
-    [(offer, _)] = group_nodes([node])
+    [kind] = group_nodes([node])
+    offer = kind.offer
     assert not offer.malformed
     assert offer.offer_id == labels[f"{LABEL_PREFIX}offer"]
     assert offer.vram_mb == 1000 * float(labels[f"{LABEL_PREFIX}vram-gb"])
