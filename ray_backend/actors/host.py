@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ray_backend.actors.failure import RemoteFailure, capture, format_error
+from ray_backend.actors.failure import RemoteFailure, capture, format_error, log
 from ray_backend.actors.gate import CONSUMER_KEY, StreamGate
 from ray_backend.actors.hang import HangGuard
 from ray_backend.actors.plan import InstancePlan
@@ -167,11 +166,11 @@ class InstanceHost:
             self._failure = failure
             self._state = "failed"
             self._object = None
-        print(f"apothic: {self.plan.label} did not start\n{failure}", file=sys.stderr)
-        self._ready.set()
-        self._services.cleanup()
         # Whoever waits learns of it first; the name must be free soon even if nobody does.
+        self._ready.set()
         self._remove_later()
+        log(f"{self.plan.label} did not start\n{failure}")
+        self._services.cleanup()
 
     def _check_ready(self) -> None:
         if self._failure is not None:
@@ -391,10 +390,9 @@ class InstanceHost:
         self._book.confirm(task_id, count)
 
     def _replace_process(self, call: ActiveCall) -> None:
-        print(
-            f"apothic: {self.plan.label}: {call.method} could not be interrupted "
-            f"({call.interrupted}); its process is replaced and the state is lost",
-            file=sys.stderr,
+        log(
+            f"{self.plan.label}: {call.method} could not be interrupted ({call.interrupted}); its "
+            f"process is replaced and the state is lost"
         )
         task_id = call.task_id.hex() if hasattr(call.task_id, "hex") else str(call.task_id)
         text = self.plan.lost_to_timeout(call.timeout_s, call.method)

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from ray_backend.actors.failure import RemoteFailure
+from ray_backend.actors.failure import RemoteFailure, log
 from ray_backend.actors.hang import HangGuard, read_hang
 from ray_backend.actors.loading import load_class, share_class_identities
 from ray_backend.actors.mounts import Mounts
@@ -100,7 +100,7 @@ class WorkerServices:
         if found is None:
             return False
         calls, stacks = found
-        print(f"apothic: {self._plan.label} kept the interpreter lock\n{stacks}", file=sys.stderr)
+        log(f"{self._plan.label} kept the interpreter lock\n{stacks}")
         for call in calls:
             if call.overdue:
                 text = self._plan.lost_to_timeout(call.timeout_s)

@@ -57,6 +57,7 @@ def check_arrival(error: BaseException, how: str, in_coroutine: bool) -> None:
         trace = str(error.__cause__)
         assert kind.rpartition(".")[2] in trace
     assert "in fail" in trace
+    trace.encode()
     if how == "odd":
         assert isinstance(error, OddError)  # the caller's own class
         assert (error.left, error.right) == (1, 2)
@@ -137,6 +138,7 @@ class Failures(Conformance):
             with subtests.test(how=how):
                 assert isinstance(error, InstanceStartError)
                 assert arrival(how, in_coroutine)[1] in str(error)
+                str(error).encode()
                 assert error.__cause__ is not None
                 check_arrival(error.__cause__, how, in_coroutine)
 
@@ -150,6 +152,7 @@ class Failures(Conformance):
                 assert hook.error.startswith(kind.rpartition(".")[2])
                 assert text in hook.error
                 assert "in fail" in (hook.traceback or "")
+                (hook.error + (hook.traceback or "")).encode()
 
     def test_a_failed_start_leaves_nothing(self, name: str, log: Path) -> None:
         starts: list[tuple[str, Callable[[str, str], object]]] = [
