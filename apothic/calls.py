@@ -141,8 +141,7 @@ class RetryingCall(CallRef):
                 _scheduler.after(delay_s, self._again)
         else:
             self._slot.leave()
-            with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
-                self._future.set_result(value)
+            _set(self._future, value, None)
 
     def _again(self) -> None:
         with self._lock:
@@ -163,8 +162,7 @@ class RetryingCall(CallRef):
 
     def _fail(self, error: BaseException) -> None:
         self._slot.leave()
-        with contextlib.suppress(InvalidStateError):
-            self._future.set_exception(error)
+        _set(self._future, None, error)
 
     def result(self, timeout_s: float | None = None) -> Any:
         """Wait for the value of the attempt that succeeds, or the error of the last one."""
@@ -179,8 +177,10 @@ class RetryingCall(CallRef):
             ) from None
 
     def future(self) -> Future[Any]:
-        """Give a future of the final outcome."""
-        return self._future
+        """Give a future of the final outcome; who cancels it has only stopped waiting."""
+        future: Future[Any] = Future()
+        self._future.add_done_callback(partial(_copy, future))
+        return future
 
     def done(self) -> bool:
         """Tell whether no attempt will follow."""
@@ -193,8 +193,7 @@ class RetryingCall(CallRef):
             current, rests = self._current, self._rests
         if rests:
             self._slot.leave()
-        with contextlib.suppress(InvalidStateError):
-            self._future.set_exception(JobCancelledError("the call was cancelled."))
+        _set(self._future, None, JobCancelledError("the call was cancelled."))
         current.cancel()
 
     def withdraw(self) -> None:
@@ -328,8 +327,13 @@ class TrackedCall(CallRef):
         return self._current.native
 
 
+def _copy(future: Future[Any], outcome: Future[Any]) -> None:
+    error = outcome.exception()
+    _set(future, None if error is not None else outcome.result(), error)
+
+
 def _set(future: Future[Any], value: Any, error: BaseException | None) -> None:
-    with contextlib.suppress(InvalidStateError):  # who awaited it was cancelled
+    with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
         future.set_result(value) if error is None else future.set_exception(error)
 
 

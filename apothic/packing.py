@@ -30,6 +30,7 @@ import cloudpickle
 from cloudpickle import cloudpickle as internals
 
 from apothic.errors import SerializationError
+from apothic.tracebacks import text_of
 
 __all__ = [
     "arguments_digest",
@@ -88,7 +89,7 @@ def dumps(value: object, *, by_value: bool = True, reproducibly: bool = False) -
         return buffer.getvalue()
     except Exception as error:
         raise SerializationError(
-            f"{_describe(value)} cannot travel to the worker: {type(error).__name__}: {error}. "
+            f"{_describe(value)} cannot travel to the worker: {type(error).__name__}: {text_of(error)}. "
             f"Locks, files, sockets and connections stay in their process: make them in an enter "
             f"hook, not at module level or in arguments."
         ) from error

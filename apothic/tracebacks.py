@@ -1,4 +1,7 @@
-"""Exceptions as text, whatever the user's own code in them does."""
+"""Exceptions as text, whatever the user's own code in them does.
+
+The text is fit for UTF-8: a lone surrogate in it could be neither sent nor logged.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ __all__ = ["format_error", "text_of"]
 def text_of(error: BaseException) -> str:
     """Give its text, whatever its ``__str__`` does."""
     try:
-        return str(error)
+        return _encodable(str(error))
     except Exception as broken:
         return f"<its __str__ raised {type(broken).__name__}>"
 
@@ -29,7 +32,12 @@ def format_error(error: BaseException, is_ours: Callable[[str], bool]) -> str:
     if trace is not None:
         error.__traceback__ = trace
     try:
-        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except Exception as broken:  # a __str__, __cause__ or note of the user's may itself be broken
         head = "".join(traceback.format_tb(error.__traceback__))
-        return f"{head}{type(error).__qualname__}: <formatting raised {type(broken).__name__}>\n"
+        text = f"{head}{type(error).__qualname__}: <formatting raised {type(broken).__name__}>\n"
+    return _encodable(text)
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

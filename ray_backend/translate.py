@@ -22,6 +22,7 @@ from apothic.errors import (
     SerializationError,
     WaitTimeoutError,
 )
+from apothic.tracebacks import text_of
 from ray_backend.actors.failure import RemoteFailure, decode_user_error
 
 __all__ = [
@@ -202,14 +203,16 @@ def _why_unreadable(error: object) -> str | None:
     if "deserialize" not in (getattr(error, "traceback_str", None) or ""):
         return None
     reason = error.client_exc
-    return f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
+    if not isinstance(reason, Exception):
+        return str(reason)
+    return f"{type(reason).__name__}: {text_of(reason)}"
 
 
 def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in text_of(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def _tail(error: BaseException, limit: int = 600) -> str:
-    text = str(error).strip()
+    text = text_of(error).strip()
     return text if len(text) <= limit else "…" + text[-limit:]

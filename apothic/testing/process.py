@@ -133,7 +133,8 @@ class Process:
             head = f"{kind.__module__}.{kind.__qualname__}"
             failure = InstanceStartError(
                 f"{self.label} did not start: its constructor or an enter hook raised "
-                f"{head}: {cause}. The remote traceback follows as the cause; nothing was left behind."
+                f"{head}: {text_of(cause)}. The remote traceback follows as the cause; nothing was "
+                f"left behind."
             )
             failure.__cause__ = cause
         with self._changed:
@@ -278,7 +279,7 @@ class Process:
         except Exception as error:
             raise SerializationError(
                 f"{call.label}: an argument cannot be unpickled where it is used: "
-                f"{type(error).__name__}: {error}. Pass plain data."
+                f"{type(error).__name__}: {text_of(error)}. Pass plain data."
             ) from error
 
     def _copy(self, call: Call, value: Any) -> Any:
@@ -286,7 +287,7 @@ class Process:
             return loads(dumps(value))
         except Exception as error:
             raise SerializationError(
-                f"{call.label}: the result cannot travel to the caller: {str(error).rstrip('.')}. "
+                f"{call.label}: the result cannot travel to the caller: {text_of(error).rstrip('.')}. "
                 f"Return plain data, or make the object picklable."
             ) from None
 

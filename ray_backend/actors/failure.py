@@ -14,7 +14,7 @@ from typing import Any, Literal
 from apothic import tracebacks
 from apothic.tracebacks import text_of
 
-__all__ = ["Kind", "RemoteFailure", "capture", "decode_user_error", "format_error"]
+__all__ = ["Kind", "RemoteFailure", "capture", "decode_user_error", "format_error", "log"]
 
 Kind = Literal["user", "start", "timeout", "cancelled", "refused", "closed", "lost", "unpicklable"]
 
@@ -90,6 +90,12 @@ def capture(error: BaseException, kind: Kind = "user", where: str = "") -> Remot
         pickled=_pickle(error),
         where=where,
     )
+
+
+def log(text: str) -> None:
+    """Tell the worker's log; one that user code has replaced or closed hinders nothing else."""
+    with contextlib.suppress(Exception):
+        print(f"apothic: {text}", file=sys.stderr)
 
 
 def format_error(error: BaseException) -> str:

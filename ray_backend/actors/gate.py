@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 __all__ = ["ACK_EVERY", "AHEAD", "CONSUMER_KEY", "AsyncStreamGate", "StreamGate"]
 
@@ -24,6 +25,9 @@ CONSUMER_KEY = "__apothic_consumer__"
 
 _LOOK_S = 2.0
 
+_asking = ThreadPoolExecutor(2, thread_name_prefix="apothic-gate")
+"""Where event loops ask for consumers; the threads that a loop brings are user code's."""
+
 
 class StreamGate:
     """The credit of one stream."""
@@ -34,11 +38,6 @@ class StreamGate:
         self._condition = threading.Condition()
         self._ahead = 0
         self._shut = False
-
-    @property
-    def full(self) -> bool:
-        """Whether the next `admit` would wait."""
-        return self._ahead >= AHEAD
 
     def admit(self) -> bool:
         """Count one item, after waiting for room; False when nobody wants it any more."""
@@ -67,7 +66,7 @@ class AsyncStreamGate:
     """The credit of one stream whose producer is on an event loop; only that loop uses it."""
 
     def __init__(self, consumer_lives: Callable[[], bool], ahead: int) -> None:
-        """Let ``ahead`` items pass unconfirmed; ``consumer_lives`` is asked in a thread."""
+        """Let ``ahead`` items pass unconfirmed; ``consumer_lives`` is asked on another thread."""
         self._consumer_lives = consumer_lives
         self._room = ahead
         self._changed = asyncio.Event()
@@ -77,11 +76,15 @@ class AsyncStreamGate:
         """Count one item, after waiting for room; False when nobody wants it any more."""
         while self._room <= 0 and not self.is_shut:
             self._changed.clear()
+            # Not with wait_for, which before Python 3.12 can lose a cancellation.
+            change = asyncio.ensure_future(self._changed.wait())
             try:
-                await asyncio.wait_for(self._changed.wait(), _LOOK_S)
-            except asyncio.TimeoutError:
-                if not await asyncio.to_thread(self._consumer_lives):
-                    return False
+                changed, _ = await asyncio.wait([change], timeout=_LOOK_S)
+            finally:
+                change.cancel()
+            loop = asyncio.get_running_loop()
+            if not changed and not await loop.run_in_executor(_asking, self._consumer_lives):
+                return False
         self._room -= 1
         return not self.is_shut
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -22,9 +21,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ray_backend.actors.failure import RemoteFailure, capture, format_error
-from ray_backend.actors.gate import CONSUMER_KEY, StreamGate
+from ray_backend.actors.failure import RemoteFailure, capture, format_error, log
+from ray_backend.actors.gate import AHEAD, CONSUMER_KEY, AsyncStreamGate, StreamGate
 from ray_backend.actors.hang import HangGuard
+from ray_backend.actors.latch import Latch
 from ray_backend.actors.plan import InstancePlan
 from ray_backend.actors.running import ActiveCall, CallBook, make_sleep_interruptible
 from ray_backend.actors.stopping import Recording, Stop
@@ -85,14 +85,13 @@ class InstanceHost:
         self._services = services
         self._state = "new"
         self._lock = threading.Lock()
-        self._ready = threading.Event()
+        self._ready = Latch()
         self._failure: RemoteFailure | None = None
         self._stop: Stop | None = None
         self._object: Any = None
         self._bound: dict[str, Callable[..., Any]] = {}
         self._book = CallBook(plan.timeout_s, self._replace_process, services.guard)
         self._started_unix_s: float | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._threads = (
             ThreadPoolExecutor(plan.concurrency, thread_name_prefix="apothic-user")
             if plan.is_async
@@ -112,6 +111,7 @@ class InstanceHost:
                 self._construct()
                 for name in self.plan.enter_hooks:
                     self._hook(name)
+                self._services.started()
             except BaseException as error:
                 self._start_failed(error)
             else:
@@ -121,19 +121,17 @@ class InstanceHost:
 
     async def start_async(self) -> None:
         """Do what `start` does, in an instance that has an event loop."""
-        loop = asyncio.get_running_loop()
         if self._claim_start():
-            self._loop = loop
             try:
                 await self._on_thread(self._construct)
                 for name in self.plan.enter_hooks:
                     await self._hook_async(name)
+                self._services.started()
             except BaseException as error:
                 self._start_failed(error)
             else:
                 self._start_succeeded()
-        if not self._ready.is_set():
-            await loop.run_in_executor(None, self._ready.wait)
+        await self._ready.wait_async()
         self._check_ready()
 
     def _claim_start(self) -> bool:
@@ -151,12 +149,11 @@ class InstanceHost:
             self._bound[name] = getattr(self._object, name)
 
     def _start_succeeded(self) -> None:
-        self._services.started()
         with self._lock:
             self._started_unix_s = time.time()
             if self._state == "starting":
                 self._state = "ready"
-        self._ready.set()
+        self._ready.open()
 
     def _start_failed(self, error: BaseException) -> None:
         failure = (
@@ -167,11 +164,11 @@ class InstanceHost:
             self._failure = failure
             self._state = "failed"
             self._object = None
-        print(f"apothic: {self.plan.label} did not start\n{failure}", file=sys.stderr)
-        self._ready.set()
-        self._services.cleanup()
         # Whoever waits learns of it first; the name must be free soon even if nobody does.
+        self._ready.open()
         self._remove_later()
+        log(f"{self.plan.label} did not start\n{failure}")
+        self._services.cleanup()
 
     def _check_ready(self) -> None:
         if self._failure is not None:
@@ -255,9 +252,8 @@ class InstanceHost:
             finally:
                 await self._on_thread(items.close)
             return
-        gate = self._gate(kwargs)
-        loop = asyncio.get_running_loop()
-        call = self._begin(name, kwargs, loop, gate=gate)
+        gate = AsyncStreamGate(self._consumer_of(kwargs), AHEAD)
+        call = self._begin(name, kwargs, asyncio.get_running_loop(), gate=gate)
         call.task = asyncio.current_task()
         try:
             try:
@@ -269,9 +265,7 @@ class InstanceHost:
                         except StopAsyncIteration:
                             return
                         self._book.pause(call)
-                        if gate.full:
-                            await loop.run_in_executor(None, gate.admit)
-                        elif not gate.admit():
+                        if not await gate.admit():
                             return
                         yield item
                         call.task = asyncio.current_task()
@@ -289,7 +283,7 @@ class InstanceHost:
     def _stream_steps(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], task_id: Any = None
     ) -> Generator[Any, None, None]:
-        gate = self._gate(kwargs)
+        gate = StreamGate(self._consumer_of(kwargs))
         call = self._begin(name, kwargs, task_id=task_id, gate=gate)
         try:
             try:
@@ -315,9 +309,9 @@ class InstanceHost:
         except BaseException as error:
             raise self._failed(call, error) from None
 
-    def _gate(self, kwargs: dict[str, Any]) -> StreamGate:
-        consumer = kwargs.pop(CONSUMER_KEY, "")
-        return StreamGate(lambda: self._services.consumer_lives(consumer))
+    def _consumer_of(self, kwargs: dict[str, Any]) -> Callable[[], bool]:
+        """Take the name of a stream's consumer out; give what tells whether it lives."""
+        return partial(self._services.consumer_lives, kwargs.pop(CONSUMER_KEY, ""))
 
     def _begin(
         self,
@@ -325,7 +319,7 @@ class InstanceHost:
         kwargs: dict[str, Any],
         loop: asyncio.AbstractEventLoop | None = None,
         task_id: Any = None,
-        gate: StreamGate | None = None,
+        gate: StreamGate | AsyncStreamGate | None = None,
     ) -> ActiveCall:
         timeout_s = kwargs.pop(TIMEOUT_KEY, None) if kwargs else None
         call = ActiveCall(
@@ -391,10 +385,9 @@ class InstanceHost:
         self._book.confirm(task_id, count)
 
     def _replace_process(self, call: ActiveCall) -> None:
-        print(
-            f"apothic: {self.plan.label}: {call.method} could not be interrupted "
-            f"({call.interrupted}); its process is replaced and the state is lost",
-            file=sys.stderr,
+        log(
+            f"{self.plan.label}: {call.method} could not be interrupted ({call.interrupted}); its "
+            f"process is replaced and the state is lost"
         )
         task_id = call.task_id.hex() if hasattr(call.task_id, "hex") else str(call.task_id)
         text = self.plan.lost_to_timeout(call.timeout_s, call.method)
@@ -421,13 +414,13 @@ class InstanceHost:
         finally:
             with self._lock:
                 self._state = "closed"
+            self._ready.open()  # who still waits is refused
             stop.done.set()
             self._remove_later()
         return self._report(stop)
 
     def _stop_once(self, stop: Stop, before: str, drain_s: float, hooks_s: float) -> None:
         if before == "new":
-            self._ready.set()  # a first call that waits in the queue is refused, nothing starts
             stop.note = "it was never started"
             return
         if before == "starting" and not self._ready.wait(drain_s):

@@ -11,9 +11,10 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
-from ray_backend.actors.gate import StreamGate
+from ray_backend.actors.gate import AsyncStreamGate, StreamGate
 from ray_backend.actors.hang import HANG_GRACE_S, HangGuard
 
 __all__ = ["ActiveCall", "CallBook", "CallInterrupted", "make_sleep_interruptible"]
@@ -62,7 +63,7 @@ class ActiveCall:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.task: asyncio.Task[Any] | None = None
         self.wake: threading.Event | None = None
-        self.gate: StreamGate | None = None
+        self.gate: StreamGate | AsyncStreamGate | None = None
 
 
 class CallBook:
@@ -190,9 +191,9 @@ class CallBook:
     def confirm(self, task_id: str, count: int) -> None:
         """Pass a consumer's confirmation on to its stream."""
         with self._condition:
-            gates = [c.gate for c in self._calls if c.gate and _hex(c.task_id) == task_id]
-        for gate in gates:
-            gate.confirm(count)
+            found = [(c, c.gate) for c in self._calls if c.gate and _hex(c.task_id) == task_id]
+        for call, gate in found:
+            _where_it_runs(call, partial(gate.confirm, count))
 
     def close(self, grace_s: float, interrupt_s: float) -> int:
         """Refuse new calls, wait for the running ones, then interrupt them.
@@ -220,8 +221,6 @@ class CallBook:
         if call.interrupted is None:
             call.interrupted = reason
         call.kill_at = time.monotonic() + REPLACE_GRACE_S
-        if call.gate is not None:
-            call.gate.shut()
         if call.loop is not None:
             task = call.task
             if task is not None:
@@ -231,6 +230,8 @@ class CallBook:
             _set_async_exc(call.thread_id, CallInterrupted)
             if call.wake is not None:
                 call.wake.set()
+        if call.gate is not None:
+            _where_it_runs(call, call.gate.shut)
         self._condition.notify_all()
 
     def _watch(self) -> None:
@@ -276,6 +277,14 @@ class CallBook:
             guard.rest()
             return next_at
         return min(next_at, max(now, guard.fires_at - HANG_GRACE_S))
+
+
+def _where_it_runs(call: ActiveCall, action: Callable[[], None]) -> None:
+    """Do something to a call's gate, which on an event loop only that loop may use."""
+    if call.loop is None:
+        action()
+    else:
+        call.loop.call_soon_threadsafe(action)
 
 
 def _hex(task_id: Any) -> str:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import os
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from ray_backend.actors.failure import RemoteFailure
+from ray_backend.actors.failure import RemoteFailure, log
 from ray_backend.actors.hang import HangGuard, read_hang
 from ray_backend.actors.loading import load_class, share_class_identities
 from ray_backend.actors.mounts import Mounts
 from ray_backend.actors.plan import InstancePlan
+from ray_backend.actors.unpacking import unpack, unpack_once
 from ray_backend.names import MANAGER_NAME, NAMESPACE
 from ray_backend.ray_api import actor_is_alive, live_jobs, restart_count, session_directory
 from ray_backend.registry import Registry
@@ -100,7 +99,7 @@ class WorkerServices:
         if found is None:
             return False
         calls, stacks = found
-        print(f"apothic: {self._plan.label} kept the interpreter lock\n{stacks}", file=sys.stderr)
+        log(f"{self._plan.label} kept the interpreter lock\n{stacks}")
         for call in calls:
             if call.overdue:
                 text = self._plan.lost_to_timeout(call.timeout_s)
@@ -138,25 +137,14 @@ class WorkerServices:
 
     def _unpack(self, remote: str, digest: str) -> None:
         content = self._fetch(digest)
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            is_file = archive.getmembers()[0].isfile()
-            if remote.startswith(_PYTHON_SOURCE):
-                # By content, in the directory that Ray removes with its session.
-                root = session_directory() / "apothic" / "python" / digest[:32]
-                target = root / remote.removeprefix(_PYTHON_SOURCE)
-                sys.path.insert(0, str(root))
-                importlib.invalidate_caches()
-            else:
-                target = Path(remote)
-            if is_file:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source = archive.extractfile(archive.getmembers()[0])
-                assert source is not None  # a regular file
-                target.write_bytes(source.read())
-                target.chmod(archive.getmembers()[0].mode)
-            else:
-                target.mkdir(parents=True, exist_ok=True)
-                archive.extractall(target, filter="data")
+        if not remote.startswith(_PYTHON_SOURCE):
+            unpack(content, Path(remote))
+            return
+        # By content, in the directory that Ray removes with its session.
+        root = session_directory() / "apothic" / "python" / digest[:32]
+        unpack_once(content, root / remote.removeprefix(_PYTHON_SOURCE))
+        sys.path.insert(0, str(root))
+        importlib.invalidate_caches()
 
     def load(self) -> tuple[type[Any], tuple[Any, ...], dict[str, Any]]:
         """Unpickle the class, then the constructor's arguments, which may be of its modules."""

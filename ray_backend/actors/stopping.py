@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_backend.actors.failure import RemoteFailure, capture
+from ray_backend.actors.failure import RemoteFailure, capture, log
 
 __all__ = ["Recording", "Stop"]
 
@@ -42,10 +41,7 @@ class Recording:
         if error is not None:
             failure = error if isinstance(error, RemoteFailure) else capture(error)
         if failure is not None:
-            print(
-                f"apothic: exit hook {self._name} of {self._label} failed\n{failure.trace}",
-                file=sys.stderr,
-            )
+            log(f"exit hook {self._name} of {self._label} failed\n{failure.trace}")
         self._stop.hooks.append(
             {
                 "name": self._name,

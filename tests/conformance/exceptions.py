@@ -50,6 +50,8 @@ def fail(how: str) -> None:
         raise FileNotFoundError(2, "No such file", "lost.txt")
     if how == "unicode":
         b"\xff".decode()
+    if how == "surrogate":
+        raise ValueError("half an emoji, \ud83d")
     if how == "cause":
         try:
             raise OddError(3, right=4)
@@ -89,6 +91,7 @@ def fail(how: str) -> None:
         "stop": StopIteration("over"),
         "generator exit": GeneratorExit("gone"),
         "base": BaseException("bare"),
+        "base surrogate": BaseException("half an emoji, \ud83d"),
     }[how]
 
 
@@ -98,6 +101,7 @@ FAILURES = [
     ("local", f"{__name__}.fail.<locals>.LocalError", "code 7"),
     ("os", "builtins.FileNotFoundError", "[Errno 2] No such file: 'lost.txt'"),
     ("unicode", "builtins.UnicodeDecodeError", "invalid start byte"),
+    ("surrogate", "builtins.ValueError", "half an emoji"),
     ("cause", "builtins.ValueError", "on top"),
     ("note", "builtins.ValueError", "noted"),
     ("ours", "apothic.errors.ConflictError", "raised by user code"),
@@ -112,6 +116,7 @@ STAND_INS = [
     ("stop", "builtins.StopIteration", "over"),
     ("generator exit", "builtins.GeneratorExit", "gone"),
     ("base", "builtins.BaseException", "bare"),
+    ("base surrogate", "builtins.BaseException", r"half an emoji, \ud83d"),
     ("lock", "builtins.ValueError", "holds a lock"),
     ("no text", f"{__name__}.NoTextError", "<its __str__ raised RuntimeError>"),
     ("unpickled", f"{__name__}.ShyError", "stays"),

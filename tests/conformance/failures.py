@@ -29,6 +29,7 @@ from tests.conformance.subjects import (
     Hasty,
     HastyAsync,
     Hooked,
+    NarrowFlaky,
     Wide,
     lines,
 )
@@ -56,6 +57,7 @@ def check_arrival(error: BaseException, how: str, in_coroutine: bool) -> None:
         trace = str(error.__cause__)
         assert kind.rpartition(".")[2] in trace
     assert "in fail" in trace
+    trace.encode()
     if how == "odd":
         assert isinstance(error, OddError)  # the caller's own class
         assert (error.left, error.right) == (1, 2)
@@ -136,6 +138,7 @@ class Failures(Conformance):
             with subtests.test(how=how):
                 assert isinstance(error, InstanceStartError)
                 assert arrival(how, in_coroutine)[1] in str(error)
+                str(error).encode()
                 assert error.__cause__ is not None
                 check_arrival(error.__cause__, how, in_coroutine)
 
@@ -149,6 +152,7 @@ class Failures(Conformance):
                 assert hook.error.startswith(kind.rpartition(".")[2])
                 assert text in hook.error
                 assert "in fail" in (hook.traceback or "")
+                (hook.error + (hook.traceback or "")).encode()
 
     def test_a_failed_start_leaves_nothing(self, name: str, log: Path) -> None:
         starts: list[tuple[str, Callable[[str, str], object]]] = [
@@ -261,3 +265,36 @@ class Failures(Conformance):
             await box.aio.close()
 
         asyncio.run(scenario())
+
+    def test_who_stops_awaiting_a_call_with_retries_cancels_it_for_all(
+        self, log: Path, tmp_path: Path
+    ) -> None:
+        async def scenario() -> None:
+            with NarrowFlaky.new(str(log)) as box:
+                job = box.hold.spawn(str(tmp_path / "never"))
+                other = asyncio.ensure_future(job)
+                while not lines(log):
+                    await asyncio.sleep(0.005)
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(job, 0.05)
+                for outcome in (asyncio.wrap_future(job._call.future()), other):
+                    with pytest.raises(JobCancelledError):
+                        await outcome
+                with pytest.raises(JobCancelledError):
+                    job.get()
+                assert job.status == "cancelled"
+                assert box.good_at.remote(1) == 1  # what ran has ended
+                assert lines(log) == ["try", "try"]
+
+        asyncio.run(scenario())
+
+    def test_a_future_of_a_call_with_retries_is_its_holders_alone(
+        self, log: Path, tmp_path: Path
+    ) -> None:
+        gate = tmp_path / "gate"
+        with NarrowFlaky.new(str(log)) as box:
+            job = box.hold.spawn(str(gate))
+            assert job._call.future().cancel()
+            gate.touch()
+            assert job.get() == job._call.future().result() == 1
+            assert job.status == "succeeded"

@@ -25,6 +25,7 @@ from apothic.definition import signature_from
 from apothic.errors import SerializationError
 from apothic.packing import arguments_digest, dumps, loads, local_modules, pack_class
 from apothic.values import ParameterInfo
+from tests.conformance.exceptions import NoTextError
 
 COUNTER = [0]
 
@@ -408,3 +409,16 @@ def test_handles_as_arguments() -> None:
         cluster_id="c", app="a", cls="B", instance_id="i", spec_digest="d", named=True
     )
     assert digest(handle) == digest(handle.model_copy())
+
+
+@pytest.mark.parametrize("error", [NoTextError(), ValueError("\ud83d")], ids=["none", "odd"])
+def test_an_error_without_a_proper_text_can_be_told(error: Exception) -> None:
+    class Reluctant:
+        def __reduce__(self) -> str:
+            raise error
+
+    with pytest.raises(
+        SerializationError, match=r"NoTextError: <its|ValueError: \\ud83d"
+    ) as caught:
+        dumps(Reluctant())
+    str(caught.value).encode()

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from apothic.errors import BackendError
 from ray_backend import volumes
 from ray_backend.actors.failure import RemoteFailure
 from ray_backend.actors.mounts import Mounts
+from tests.support import as_root
 from tests.unit.memory_registry import MemoryRegistry
 
 # -- removing ----------------------------------------------------------------------------------------
@@ -140,4 +143,47 @@ def test_links_of_others_are_left_alone(tmp_path: Path) -> None:
     mounts = Mounts(MemoryRegistry(), "n")
     with pytest.raises(RemoteFailure, match="not ours"):
         mounts.mount({"volume": "new", "backend": "cloud_bucket", "path": str(path)})
+    mounts.release()
     assert Path(os.readlink(path)) == tmp_path / "elsewhere"
+
+
+def test_who_comes_and_goes_at_once_has_the_link(tmp_path: Path) -> None:
+    path = tmp_path / "mount"
+
+    def come_and_go(_: int) -> None:
+        mounts = Mounts(MemoryRegistry(), "n")
+        for _ in range(150):
+            mounts.mount({"volume": "data", "backend": "cloud_bucket", "path": str(path)})
+            assert path.is_symlink()
+            mounts.release()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(come_and_go, range(4)))
+    assert not path.is_symlink()
+
+
+@as_root
+def test_a_link_of_another_user_can_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as place:  # pytest's own is for its user alone
+        root, path = Path(place), Path(place, "mount")
+        root.chmod(0o755)
+        for variable in ("APOTHIC_VOLUME_ROOT", "APOTHIC_SHARED_ROOT"):
+            monkeypatch.setenv(variable, str(root))
+        wanted = {"volume": "data", "backend": "cloud_bucket", "path": str(path)}
+        mounts, others = Mounts(MemoryRegistry(), "n"), Mounts(MemoryRegistry(), "n")
+        mounts.mount(wanted)
+        nobody = 65534
+        os.seteuid(nobody)
+        try:
+            others.mount(wanted)
+            os.seteuid(0)
+            mounts.release()
+            os.seteuid(nobody)
+            assert path.is_symlink()
+            others.release()  # the last one, which may not remove it
+        finally:
+            os.seteuid(0)
+        assert path.is_symlink()
+        mounts.mount(wanted)
+        mounts.release()
+        assert not path.is_symlink()
