@@ -176,7 +176,10 @@ class WorkerServices:
             with contextlib.suppress(Exception):
                 # Without its manager the lease is found stale later; the name must be free now.
                 manager = ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
-                ray.get(manager.forget.remote(self._plan.actor_name), timeout=_MANAGER_WAIT_S)
+                forgetting = manager.forget.remote(
+                    self._plan.actor_name, self._context.get_actor_id()
+                )
+                ray.get(forgetting, timeout=_MANAGER_WAIT_S)
             ray.kill(self.current_actor(), no_restart=True)
         except Exception:
             os._exit(0)  # the cluster is gone, and with it the name
