@@ -175,6 +175,20 @@ def eventually(fact: Callable[[], T], timeout_s: float = 60.0) -> T:
         time.sleep(0.01)
 
 
+def threads_in(function: str) -> int:
+    """Count the threads of this process that are in a function of this name, however deep."""
+    return sum(function in _functions(frame) for frame in sys._current_frames().values())
+
+
+def _functions(innermost: FrameType) -> list[str]:
+    frame: FrameType | None = innermost
+    names = []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return names
+
+
 @contextmanager
 def interrupted_in(function: str, when: Callable[[], object] = lambda: True) -> Iterator[None]:
     """Send Ctrl-C to this thread, which is the main one, once it waits within a function.
@@ -186,11 +200,7 @@ def interrupted_in(function: str, when: Callable[[], object] = lambda: True) -> 
     main = threading.get_ident()
 
     def waits() -> bool:
-        frame: FrameType | None = sys._current_frames()[main]
-        names = []
-        while frame is not None:
-            names.append(frame.f_code.co_name)
-            frame = frame.f_back
+        names = _functions(sys._current_frames()[main])
         return names[0] in ("wait", "get_objects") and function in names  # the second is Ray's
 
     def interrupt() -> None:

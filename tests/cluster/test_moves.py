@@ -20,7 +20,7 @@ from apothic.errors import (
 from ray_backend import ray_api, readiness
 from ray_backend.manager import instance_names
 from tests.cluster.conftest import MIB, Nodes
-from tests.support import eventually
+from tests.support import eventually, threads_in
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -97,6 +97,7 @@ def test_giving_up_on_what_somebody_else_made_leaves_it_alone(
     with cls.new() as blocker, ThreadPoolExecutor(1) as pool:
         future = pool.submit(cls.named, "wanted")
         eventually(lambda: any(each.waits for each in ray_api.actor_seats("PENDING_CREATION")))
+        eventually(lambda: threads_in("_wait_once"))  # with a limit of its own by now
         monkeypatch.setenv(readiness.PLACEMENT_TIMEOUT_VARIABLE, "1")
         with pytest.raises(PlacementTimeoutError):
             cls.named("wanted")

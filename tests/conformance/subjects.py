@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import os
 import sqlite3
 import sys
@@ -30,6 +31,7 @@ from apothic import (
     method,
 )
 from apothic.errors import InstanceClosedError
+from ray_backend.actors.gate import AsyncStreamGate
 from tests.conformance.exceptions import Trap, fail
 
 SMALL: dict[str, Any] = {"cpu": 0, "memory_mb": 10}
@@ -476,7 +478,9 @@ class EagerAsync(Eager):
 
 
 def waits_for_consumer() -> bool:
-    """Tell whether a thread of this process waits where an engine holds producers back."""
+    """Tell whether a thread or a coroutine of this process waits where producers are held back."""
+    if any(type(each) is AsyncStreamGate and each._room <= 0 for each in gc.get_objects()):
+        return True
     for frame in sys._current_frames().values():
         stack = []
         inner: FrameType | None = frame

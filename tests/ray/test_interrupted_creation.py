@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from apothic import App, ClassInstance, Cls, method
-from tests.interrupting import interrupt_at_each, lines_of
+from tests.interrupting import interrupt_at_each, lines_of, run_apart
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -33,6 +33,10 @@ def define(name: str) -> Cls:
 
 
 def test_new_leaves_nothing(ray_cluster: str):
+    run_apart(interrupt_new, ray_cluster)
+
+
+def interrupt_new() -> None:
     cls = define("Whole")
     cls.new().close()  # what is done once per process is not of interest
     created: list[ClassInstance] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from apothic import App, Image, SandboxSession
 from apothic.backend import connect
 from ray_backend.ray_api import actor_record
 from tests.docker.support import BUSYBOX, left_of
-from tests.support import eventually
+from tests.support import eventually, threads_in
 
 pytestmark = pytest.mark.ray
 
@@ -59,15 +58,7 @@ def without_a_process(session: SandboxSession, tmp_path: Path) -> Iterator[None]
 
 def who_waits() -> int:
     """Count the threads that wait until the session is back."""
-    count = 0
-    for frame in sys._current_frames().values():
-        names = []
-        inner: Any = frame
-        while inner is not None:
-            names.append(inner.f_code.co_name)
-            inner = inner.f_back
-        count += "wait_for_restart" in names
-    return count
+    return threads_in("wait_for_restart")
 
 
 def test_awaited_verbs(session: SandboxSession, tmp_path: Path):

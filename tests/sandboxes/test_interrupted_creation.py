@@ -9,7 +9,7 @@ import pytest
 from apothic import App, Image, Sandbox, SandboxSession
 from ray_backend.sandbox.engine.connection import Engine
 from tests.docker.support import BUSYBOX
-from tests.interrupting import Line, interrupt_at_each, lines_of
+from tests.interrupting import Line, interrupt_at_each, lines_of, run_apart
 from tests.sandboxes.left import see_nothing_left
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -43,13 +43,21 @@ def lines_that_run(open_one: Callable[[Sandbox], SandboxSession]) -> list[Line]:
 
 
 def test_create_leaves_nothing(ray_cluster: str, docker_engine: Engine):
-    interrupt_at_each(lines_that_run(Sandbox.create), lambda name: definition(name).create())
+    run_apart(interrupt_create, ray_cluster)
     see_nothing_left(docker_engine)
+
+
+def interrupt_create() -> None:
+    interrupt_at_each(lines_that_run(Sandbox.create), lambda name: definition(name).create())
 
 
 def test_what_named_leaves_is_of_use(ray_cluster: str, docker_engine: Engine):
     """The session lives, or its name is free."""
+    run_apart(interrupt_named, ray_cluster)
+    see_nothing_left(docker_engine)
 
+
+def interrupt_named() -> None:
     def named(sandbox: Sandbox) -> SandboxSession:
         return sandbox.named("n")
 
@@ -59,4 +67,3 @@ def test_what_named_leaves_is_of_use(ray_cluster: str, docker_engine: Engine):
         session.close()
 
     interrupt_at_each(lines_that_run(named)[::4], lambda name: named(definition(name)), use)
-    see_nothing_left(docker_engine)
