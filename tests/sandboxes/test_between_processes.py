@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import ray
+from ray import exceptions as rays
 
 from apothic import App, Image, SandboxSession
 from apothic.backend import connect
 from ray_backend.ray_api import actor_record
+from ray_backend.translate import was_never_sent
 from tests.docker.support import BUSYBOX, left_of
 from tests.support import eventually, threads_in
 
@@ -49,6 +51,13 @@ def without_a_process(session: SandboxSession, tmp_path: Path) -> Iterator[None]
     actor_id = session.actor._actor_id.hex()
     os.kill(ray.get(session.actor.apothic_status.remote())["pid"], signal.SIGKILL)
     eventually(lambda: actor_record(actor_id)["State"] == "RESTARTING")
+
+    def is_refused() -> bool:
+        with pytest.raises(rays.ActorUnavailableError) as caught:
+            ray.get(session.actor.apothic_status.remote())
+        return was_never_sent(caught.value)
+
+    eventually(is_refused)  # this process may learn later than the GCS that it restarts
     try:
         yield
     finally:
