@@ -18,6 +18,7 @@ from ray import exceptions as rays
 
 from apothic.backend import CallRef, ItemStream
 from apothic.errors import FunctionTimeoutError
+from ray_backend import ray_api
 from ray_backend.actors.gate import ACK_EVERY
 from ray_backend.translate import was_never_sent
 
@@ -215,11 +216,7 @@ class RayCall(CallRef):
         """Look at all calls in one request."""
         if calls and isinstance(calls[0], RayCall) and not calls[0]._instance.is_connected:
             return [True] * len(calls)  # they ended with their connection
-        refs = [call.native for call in calls]
-        unique = list(dict.fromkeys(refs))
-        ready, _ = ray.wait(unique, num_returns=len(unique), timeout=0, fetch_local=False)
-        found = set(ready)
-        return [ref in found for ref in refs]
+        return ray_api.are_done([call.native for call in calls])
 
     def cancel(self) -> None:
         """Stop the call wherever it is."""

@@ -138,17 +138,17 @@ class Manager:
         """
         if not self._book.pause(name):
             return False
+        moving = False
         try:
             seat = ray_api.actor_seat(actor_id)
             if seat is not None and (seat.waits or has_room) and actor_of(name) == actor_id:
                 self._registry.mark_moved(actor_id)
                 remove_actor(name)
-                return True
-        except BaseException:
-            self._book.resume(name)
-            raise
-        self._book.resume(name)
-        return False
+                moving = True
+        finally:
+            if not moving:
+                self._book.resume(name)
+        return moving
 
     def end_move(self, name: str) -> bool:
         """Give the name free; False when the instance was closed meanwhile, and must go."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ __all__ = [
     "actor_record",
     "actor_seat",
     "actor_seats",
+    "are_done",
     "connection_id",
     "current_actor_name",
     "free_resources",
@@ -177,6 +178,14 @@ def _seat(raw: bytes) -> ActorSeat:
 def _death(cause: Any) -> str:
     died, unschedulable = cause.actor_died_error_context, cause.actor_unschedulable_context
     return str(died.error_message or unschedulable.error_message)
+
+
+def are_done(refs: Sequence[Any]) -> list[bool]:
+    """Tell of each reference whether its value or its error is there, in one request."""
+    unique = list(dict.fromkeys(refs))
+    ready, _ = ray.wait(unique, num_returns=len(unique), timeout=0, fetch_local=False)
+    found = set(ready)
+    return [ref in found for ref in refs]
 
 
 def is_known_dead(actor: Any) -> bool:

@@ -274,8 +274,8 @@ def _offer(
     facts: dict[str, Any] = {}
     malformed: dict[str, str] = {}
     for fact, (label, read) in _READERS.items():
-        text = labels.get(LABEL_PREFIX + label)
-        if text is None or not (text := text.strip()):
+        text = labels.get(LABEL_PREFIX + label, "").strip()
+        if not text:
             continue
         try:
             facts[fact] = read(text)

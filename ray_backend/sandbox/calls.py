@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from apothic.backend import CallRef, ItemStream
 from apothic.errors import JobCancelledError
+from ray_backend import ray_api
 from ray_backend.sandbox.packed import pack_arguments, unpack_result
 from ray_backend.sandbox.plan import ACK_EVERY
 from ray_backend.translate import was_never_sent
@@ -135,11 +136,7 @@ class RaySandboxCall(CallRef):
     @override
     @classmethod
     def finished(cls, calls: Sequence[CallRef]) -> list[bool]:
-        refs = [call.native for call in calls]
-        unique = list(dict.fromkeys(refs))
-        ready, _ = ray.wait(unique, num_returns=len(unique), timeout=0, fetch_local=False)
-        found = set(ready)
-        return [ref in found for ref in refs]
+        return ray_api.are_done([call.native for call in calls])
 
     @override
     def cancel(self) -> None:
